@@ -1,0 +1,1 @@
+"""Shipped configurations (YAML, differences from the defaults only)."""

@@ -1,0 +1,156 @@
+"""The output layer of one rank: its share of the dense head and of the sparse tail, stepped and queried through the kernels.
+
+Letters: N global batch rows, D embedding width, M most labels of a text, K top-k. Every rank sees all N embeddings and owns
+some label rows; dx summed over ranks is the gradient of the whole layer (DESIGN of the step: see step.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from haste_dist.config import OutputConfig, check_fan_in
+from haste_dist.sharding import LabelShard
+from haste_kernels import HeadState, Positives, StepArgs, TailState, head_step, random_features, tail_step, topk, uniform
+
+HEAD_DROPOUT, TAIL_DROPOUT = 11, 12  # streams of the dropout masks
+HEAD_WEIGHT, TAIL_WEIGHT = 21, 22  # streams of the initial weights
+INT16_WIDTH = 2**15
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The features [start, stop) of the embedding that a part of the layer reads."""
+
+    start: int
+    stop: int
+
+    @property
+    def width(self) -> int:
+        return self.stop - self.start
+
+
+class Classifier:
+    """Head and tail rows of one rank, with their SGD state. Nothing here communicates."""
+
+    def __init__(self, config: OutputConfig, shard: LabelShard, width: int, seed: int, device: torch.device):
+        """``width``: D of the encoder. Initial values are keyed by global row, so that they do not depend on the sharding."""
+        self.config, self.shard, self.seed, self.device = config, shard, seed, device
+        self.head_slice = Slice(*(config.head_features or (0, width)))
+        self.tail_slice = Slice(*(config.tail_features or (0, width)))
+        for name, part in (("head_features", self.head_slice), ("tail_features", self.tail_slice)):
+            check_slice(name, part, width)
+        check_fan_in(config.fan_in, self.tail_slice.width)
+        automatic = "bfloat16" if device.type == "cuda" else "float32"
+        weight_dtype = getattr(torch, automatic if config.weight_dtype == "auto" else config.weight_dtype)
+        momentum_dtype = weight_dtype if config.momentum_dtype == "auto" else getattr(torch, config.momentum_dtype)
+        self.head = self._make_head(weight_dtype, momentum_dtype)
+        self.tail = self._make_tail(weight_dtype, momentum_dtype)
+
+    def step(self, x_ND: Tensor, label_rows_NM: Tensor, lr: float, step: int, want_loss: bool = False) -> tuple[Tensor, Tensor | None]:
+        """One SGD step on the rows of this rank.
+
+        ``x_ND`` in the working dtype, ``label_rows_NM`` global rows with -1 where there is none. Returns the float32 (N, D)
+        gradient with respect to x from these rows, and their share of the loss if wanted (else None).
+        """
+        config = self.config
+        scale = 1.0 / x_ND.shape[0] if config.reduction == "mean" else 1.0
+        args = StepArgs(lr, scale, config.momentum, config.weight_decay, config.loss, self.seed, step)  # type: ignore[arg-type]
+        dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)
+        losses = []
+        if self.head.weight.shape[0]:
+            x, mask = self._masked(x_ND, self.head_slice, config.head_dropout, step, HEAD_DROPOUT)
+            positives = select_positives(label_rows_NM, self.head.first_row, self.head.weight.shape[0])
+            dx, loss = head_step(x, positives, self.head, args, want_loss)
+            self._accumulate(dx_ND, dx, mask, self.head_slice)
+            losses.append(loss)
+        if self.tail.weight.shape[0]:
+            x, mask = self._masked(x_ND, self.tail_slice, config.tail_dropout, step, TAIL_DROPOUT)
+            positives = select_positives(label_rows_NM, self.tail.first_row, self.tail.rows)
+            dx, loss = tail_step(x, positives, self.tail, args, want_loss)
+            self._accumulate(dx_ND, dx, mask, self.tail_slice)
+            losses.append(loss)
+        return dx_ND, torch.stack([x for x in losses if x is not None] or [dx_ND.new_zeros(())]).sum() if want_loss else None
+
+    def topk(self, x_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Scores (N, K) float32 and global rows (N, K) int64 of the best real rows of this rank, best first, ties by lower row."""
+        head = self.head if self.head.weight.shape[0] else None
+        tail = self.tail if self.tail.rows else None
+        return topk(self._sliced(x_ND, self.head_slice), self._sliced(x_ND, self.tail_slice), head, tail, k)
+
+    def tensors(self) -> dict[str, tuple[Tensor, int]]:
+        """Everything that the next step needs: name to (tensor, global position of its first entry along axis 0)."""
+        found = {
+            "head.weight": (self.head.weight, self.shard.head_start),
+            "head.momentum": (self.head.momentum, self.shard.head_start),
+            "head.bias": (self.head.bias, self.shard.head_start),
+            "head.bias_momentum": (self.head.bias_momentum, self.shard.head_start),
+            "tail.weight": (self.tail.weight, self.shard.group_start),
+            "tail.index": (self.tail.index, self.shard.group_start),
+            "tail.momentum": (self.tail.momentum, self.shard.group_start),
+            "tail.bias": (self.tail.bias, self.shard.group_start),
+            "tail.bias_momentum": (self.tail.bias_momentum, self.shard.group_start),
+        }
+        return {name: (tensor, start) for name, (tensor, start) in found.items() if tensor is not None}
+
+    def bytes(self) -> int:
+        """Memory of weights, momentum, biases and indices on this rank."""
+        return sum(t.numel() * t.element_size() for t, _ in self.tensors().values())
+
+    def _make_head(self, weight_dtype: torch.dtype, momentum_dtype: torch.dtype) -> HeadState:
+        shard, config = self.shard, self.config
+        rows = shard.head_stop - shard.head_start
+        width = self.head_slice.width
+        weight = uniform(shard.head_start, rows, width, config.init_scale / width**0.5, self.seed, HEAD_WEIGHT, self.device, weight_dtype)
+        return HeadState(weight, *self._companions(weight, momentum_dtype), first_row=shard.head_start)
+
+    def _make_tail(self, weight_dtype: torch.dtype, momentum_dtype: torch.dtype) -> TailState:
+        shard, config = self.shard, self.config
+        fan_in = config.fan_in
+        bound = config.init_scale / fan_in**0.5
+        rows = shard.groups * shard.group_size
+        weight = uniform(shard.tail_start, rows, fan_in, bound, self.seed, TAIL_WEIGHT, self.device, weight_dtype)
+        weight = weight.view(shard.groups, shard.group_size, fan_in)
+        index = random_features(shard.group_start, shard.groups, self.tail_slice.width, fan_in, self.seed, self.device)
+        index = index.to(torch.int16 if self.tail_slice.width <= INT16_WIDTH else torch.int32)
+        momentum, bias, bias_momentum = self._companions(weight, momentum_dtype)
+        return TailState(weight, index, momentum, bias, bias_momentum, shard.tail_start, shard.tail_rows, shard.group_start)
+
+    def _companions(self, weight: Tensor, momentum_dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        config = self.config
+        momentum = torch.zeros_like(weight, dtype=momentum_dtype) if config.momentum else None
+        if not config.bias:
+            return momentum, None, None
+        bias = torch.full(weight.shape[:-1], config.bias_init, dtype=torch.float32, device=self.device)
+        return momentum, bias, torch.zeros_like(bias) if config.momentum else None
+
+    def _sliced(self, x_ND: Tensor, part: Slice) -> Tensor:
+        return x_ND if part.width == x_ND.shape[1] else x_ND[:, part.start : part.stop].contiguous()
+
+    def _masked(self, x_ND: Tensor, part: Slice, dropout: float, step: int, stream: int) -> tuple[Tensor, Tensor | None]:
+        """The slice with dropout. All ranks draw the same mask, from (seed, step), so no mask is communicated."""
+        x = self._sliced(x_ND, part)
+        if not dropout:
+            return x, None
+        generator = torch.Generator(device=x.device).manual_seed((self.seed * 1_000_003 + step) * 64 + stream)
+        mask = torch.empty_like(x).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+        return x * mask, mask
+
+    def _accumulate(self, dx_ND: Tensor, dx: Tensor, mask: Tensor | None, part: Slice) -> None:
+        dx_ND[:, part.start : part.stop] += dx if mask is None else dx * mask
+
+
+def check_slice(name: str, part: Slice, width: int) -> None:
+    """A slice must lie inside the embedding. Raises ConfigError."""
+    from haste_dist.errors import ConfigError
+
+    if part.stop > width:
+        raise ConfigError(f"output.{name}=[{part.start}, {part.stop}]: the embedding has only {width} features")
+
+
+def select_positives(label_rows_NM: Tensor, first_row: int, rows: int) -> Positives:
+    """The (batch row, local label row) pairs that fall into rows first_row..first_row+rows-1, sorted by label row."""
+    local = label_rows_NM - first_row
+    batch, column = ((local >= 0) & (local < rows)).nonzero(as_tuple=True)
+    row, order = local[batch, column].sort(stable=True)
+    return Positives(batch[order], row)

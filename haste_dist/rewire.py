@@ -1,0 +1,71 @@
+"""Dynamic sparse training: when and which connections of the tail are replaced (HASTE, arXiv 2606.01117, dynamic sparsity).
+
+A connection is one feature of one group, shared by the group's labels; its score is the mean |w| over them. The kernels
+score and replace; here the choice is made, for each group on its own or over the groups of all ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from haste_dist.classifier import Classifier
+from haste_dist.collectives import sum_over_ranks
+from haste_dist.config import RewireConfig
+from haste_dist.world import World
+from haste_kernels import connection_scores, prune_and_regrow
+
+
+@dataclass(frozen=True)
+class Rewired:
+    """What one rewiring did, over all ranks."""
+
+    replaced: int
+    connections: int
+    fraction: float  # that was asked for
+
+
+def rewire(classifier: Classifier, config: RewireConfig, fraction: float, step: int, world: World) -> Rewired:
+    """Replaces the weakest connections of the tail. Every rank calls it at the same step; the outcome does not depend on W."""
+    tail = classifier.tail
+    scores_TF = connection_scores(tail)
+    counts = torch.tensor([0, scores_TF.numel()], device=scores_TF.device)
+    sum_over_ranks(counts, world)
+    total = int(counts[1])
+    if config.prune == "group":
+        prune_TF = lowest_per_group(scores_TF, fraction)
+    elif config.prune == "global":
+        prune_TF = lowest_overall(scores_TF, round(fraction * total), world)
+    else:
+        prune_TF = scores_TF < config.threshold
+    replaced = 0
+    if tail.weight.shape[0]:
+        replaced = prune_and_regrow(tail, prune_TF, classifier.tail_slice.width, classifier.seed, step)
+    counts = sum_over_ranks(torch.tensor([replaced], device=scores_TF.device), world)
+    return Rewired(int(counts[0]), total, fraction)
+
+
+def lowest_per_group(scores_TF: Tensor, fraction: float) -> Tensor:
+    """(T, F) bool: the round(fraction * F) lowest scores of each group; of equal ones the lower slot."""
+    count = round(fraction * scores_TF.shape[1])
+    order = scores_TF.argsort(dim=1, stable=True)
+    return torch.zeros_like(scores_TF, dtype=torch.bool).scatter_(1, order[:, :count], True)
+
+
+def lowest_overall(scores_TF: Tensor, count: int, world: World) -> Tensor:
+    """(T, F) bool: the ``count`` lowest scores of all ranks together, and those equal to the highest of them.
+
+    Non-negative floats order as their bits do, so 31 rounds of bisection find the limit exactly without moving a score.
+    """
+    bits_TF = scores_TF.float().contiguous().view(torch.int32)
+    low, high = -1, 2**31 - 1  # the limit is in (low, high]
+    if count <= 0:
+        return torch.zeros_like(scores_TF, dtype=torch.bool)
+    while high - low > 1:
+        middle = (low + high) // 2
+        below = sum_over_ranks((bits_TF <= middle).sum().reshape(1), world)
+        if int(below) >= count:
+            high = middle
+        else:
+            low = middle
+    return bits_TF <= high

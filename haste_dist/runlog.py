@@ -1,0 +1,123 @@
+"""The log of a run: one JSON line an event in ``metrics.jsonl``, the numbers mirrored to TensorBoard.
+
+Each line is flushed as it is written, so a killed run loses at most the line it was writing. A resumed run appends to the
+same file; where it repeats steps, readers let the later line win.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from haste_dist.errors import DataError
+
+FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Writes ``folder/metrics.jsonl`` and ``folder/tensorboard/``; with ``enabled`` False (ranks other than 0) every call does nothing.
+
+    ``purge_step``: the step a resumed run goes on from; TensorBoard then hides what the earlier process drew at or after it.
+    Values are numbers, strings, booleans, None, or scalars of numpy or torch; a number that is not finite is written as null.
+    """
+
+    def __init__(self, folder: str | Path, enabled: bool = True, tensorboard: bool = True, purge_step: int | None = None) -> None:
+        self._file: BinaryIO | None = None
+        self._writer: Any = None
+        if not enabled:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / FILE, "ab")  # noqa: SIM115  closed by close()
+        _blank_torn_line(folder / FILE)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # imports TensorBoard: a second that `haste --help` need not wait
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+
+    def step(self, **values: Any) -> None:
+        """One training step: ``step`` (int) and any numbers."""
+        self.event("step", **values)
+
+    def event(self, name: str, **values: Any) -> None:
+        """One line ``{"event": name, ..., "time": seconds since 1970}``; with a ``step``, numbers go to TensorBoard as ``name/key``."""
+        if self._file is None:
+            return
+        plain = {key: _plain(value) for key, value in values.items()}
+        line = json.dumps({"event": name, **plain, "time": round(time.time(), 3)}, allow_nan=False)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        if self._writer is not None and isinstance(plain.get("step"), int):
+            prefix = f"{name}-{plain['split']}" if "split" in plain else name
+            for key, value in plain.items():
+                if key not in ("step", "epoch") and isinstance(value, int | float) and not isinstance(value, bool):
+                    self._writer.add_scalar(f"{prefix}/{key}", value, plain["step"])
+
+    def close(self) -> None:
+        """Flushes and closes both files; the log ignores later events."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._file is not None:
+            self._file.close()
+        self._file = self._writer = None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_events(path: str | Path) -> list[dict[str, Any]]:
+    """The events of a ``metrics.jsonl`` (or of the run folder that holds one), in the order written.
+
+    A torn last line (the process was killed while writing it) is left out. Raises DataError for a missing file or any other bad line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; has this run been trained?") from None
+    events = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            event = json.loads(line)
+            if not isinstance(event, dict):
+                raise ValueError("not an object")
+        except ValueError:
+            if number == len(lines):  # no newline behind it
+                break
+            raise DataError(f"{path}:{number}: not a JSON object") from None
+        events.append(event)
+    return events
+
+
+def _blank_torn_line(path: Path) -> None:
+    """A line without its newline would run into the next one; it becomes blank, so that the file never shrinks under a follower."""
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        with path.open("r+b") as file:
+            file.seek(end)
+            file.write(b" " * (len(data) - end) + b"\n")
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value; ``.item()`` turns scalars of numpy and torch into Python's."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value

@@ -1,0 +1,55 @@
+"""Who owns what: pure arithmetic on ranks, label rows and batch rows. No tensors, no processes."""
+
+from dataclasses import dataclass
+
+
+def span(count: int, parts: int, part: int) -> tuple[int, int]:
+    """The ``part``-th of ``parts`` contiguous, near-equal ranges of ``range(count)``, as (start, stop)."""
+    return count * part // parts, count * (part + 1) // parts
+
+
+@dataclass(frozen=True)
+class LabelShard:
+    """The label rows of one rank: a range of the dense head and a range of the tail's groups.
+
+    Rows 0..head_rows-1 are the head; group g holds rows head_rows + g * group_size and on. Rows from ``labels`` on (at most
+    the end of the last group) are padding: they belong to no label.
+    """
+
+    head_start: int
+    head_stop: int
+    group_start: int
+    group_stop: int
+    head_rows: int
+    group_size: int
+    labels: int
+
+    @property
+    def groups(self) -> int:
+        return self.group_stop - self.group_start
+
+    @property
+    def tail_start(self) -> int:
+        """Global row of the first tail row here."""
+        return self.head_rows + self.group_start * self.group_size
+
+    @property
+    def tail_rows(self) -> int:
+        """Real (not padded) tail rows here."""
+        stop = self.head_rows + self.group_stop * self.group_size
+        return max(0, min(stop, self.labels) - self.tail_start)
+
+
+def label_shard(head_rows: int, groups: int, group_size: int, labels: int, ranks: int, rank: int) -> LabelShard:
+    """The shard of ``rank``: head rows and groups are each cut into contiguous, near-equal ranges."""
+    return LabelShard(*span(head_rows, ranks, rank), *span(groups, ranks, rank), head_rows, group_size, labels)
+
+
+def batch_share(rows: int, ranks: int, rank: int) -> tuple[int, int, int]:
+    """How ``rows`` batch rows fall on ranks: (start, stop, padded) of this rank.
+
+    Every rank computes ``padded`` = ceil(rows / ranks) rows, so that collectives have one shape; rows start..stop-1 are
+    its real ones, and the padding of the last ranks stands behind all real rows once gathered.
+    """
+    padded = -(-rows // ranks)
+    return min(rows, rank * padded), min(rows, (rank + 1) * padded), padded

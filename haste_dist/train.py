@@ -1,0 +1,241 @@
+"""The training loop, as each rank runs it. Knows torch.distributed only; launch/ starts it through Ray or torchrun.
+
+The order within a pass is fixed: evaluate, save, stop, step. The loop runs once more than there are steps, so that the end
+is no special case. A step is one micro-batch; evaluations, checkpoints and stops fall where an encoder update is complete.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from haste_dist import checkpoint
+from haste_dist.checkpoint import RunState
+from haste_dist.collectives import StopVote, barrier
+from haste_dist.config import Config, save_config
+from haste_dist.engine import EncoderEngine
+from haste_dist.errors import CheckpointError, HasteError
+from haste_dist.evaluate import evaluate_texts
+from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE
+from haste_dist.loader import BatchMaker, TrainingBatches, open_texts
+from haste_dist.model import Prepared, make_classifier, make_encoder, open_prepared, save_encoder_folder
+from haste_dist.rewire import rewire
+from haste_dist.runlog import RunLog
+from haste_dist.schedule import due, rewire_fraction, warmup_cosine
+from haste_dist.sharding import batch_share
+from haste_dist.step import train_step
+from haste_dist.world import World
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: ``reason`` is finished, patience, max_steps or stopped (asked to)."""
+
+    reason: str
+    step: int
+    best: float
+    best_step: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps of a run; all but ``total`` are intervals, 0 for never, and all are multiples of the accumulation."""
+
+    per_epoch: int
+    total: int
+    last: int
+    evaluate: int
+    checkpoint: int
+
+
+def plan_steps(config: Config, per_epoch: int) -> Plan:
+    """Turns epochs into steps. Pure."""
+    train, whole = config.train, config.train.accumulation
+
+    def up(steps: float) -> int:
+        return max(1, math.ceil(round(steps / whole, 6))) * whole if steps > 0 else 0
+
+    total = max(whole, up(train.epochs * per_epoch))
+    last = min(total, up(train.max_steps)) if train.max_steps else total
+    return Plan(per_epoch, total, last, up(train.evaluate_every * per_epoch), up(train.checkpoint_every))
+
+
+def check_run(config: Config) -> Prepared:
+    """All that can be checked before ranks start. Raises HasteError."""
+    prepared = open_prepared(config)
+    folder = Path(config.run.folder) / CHECKPOINTS
+    found = checkpoint.newest(folder)
+    if config.run.resume == "must" and found is None:
+        raise CheckpointError(f"{folder}: no checkpoint to resume from (run.resume=must)")
+    if config.run.resume == "never" and found is not None:
+        raise CheckpointError(f"{folder}: holds a run already ({found.name}); choose another run.folder or run.resume=auto")
+    if found is not None:
+        checkpoint.read_page(found)
+    return prepared
+
+
+def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda: False) -> Outcome:
+    """Trains until the epochs are over, patience runs out, or ``wants_stop`` turns true on any rank. Every rank calls it."""
+    prepared = check_run(config)
+    run = Path(config.run.folder)
+    saved = run / CHECKPOINTS
+    texts = open_texts(prepared.folder, prepared.manifest, "train", config.data.dev_fraction, config.run.seed)
+    held_out = "dev" if config.data.dev_fraction else "test"
+    most_labels = prepared.manifest.splits["train"].max_labels
+    pin = world.device.type == "cuda"
+    maker = BatchMaker(texts, prepared.order.row_of_label, most_labels, prepared.manifest.tokenizer.pad_id, world.size, world.rank, pin)
+    batches = TrainingBatches(maker, config.train.batch_size, config.data.length_buckets, config.run.seed)
+    plan = plan_steps(config, batches.steps_per_epoch)
+
+    encoder = make_encoder(config, prepared.manifest)
+    classifier = make_classifier(config, prepared.order, encoder.width, world)
+    if world.is_first:
+        run.mkdir(parents=True, exist_ok=True)
+        save_config(config, run / "config.yaml")
+        save_encoder_folder(run, encoder, config)
+        for name in (LABELS_FILE, GROUPS_FILE):  # predict needs no prepared folder
+            shutil.copyfile(prepared.folder / name, run / name)
+    rows = batch_share(config.train.batch_size, world.size, world.rank)[2]
+    engine = EncoderEngine(encoder, config.encoder, world, rows, config.train.accumulation)
+    state, start = RunState(), checkpoint.newest(saved)
+    if start is not None:
+        state = checkpoint.load(start, engine, classifier, prepared.order.fingerprint)
+    barrier(world)
+
+    log = RunLog(run, enabled=world.is_first, purge_step=state.step)
+    log.event(
+        "start",
+        step=state.step,
+        steps=plan.last,
+        steps_per_epoch=plan.per_epoch,
+        ranks=world.size,
+        device=str(world.device),
+        labels=prepared.order.labels,
+        texts=len(texts),
+        output_bytes=classifier.bytes(),
+    )
+    vote, timer = StopVote(world), StepTimer(config.train.batch_size)
+    source = batches.from_step(state.step)
+    resumed_at, reason = state.step, ""
+
+    def save_now() -> None:
+        path = checkpoint.save(saved, state, engine, classifier, world, prepared.order.fingerprint)
+        if world.is_first:
+            if state.best_step == state.step:
+                checkpoint.point(saved, "best", state.step)
+            checkpoint.prune(saved, {state.step, state.best_step})
+        log.event("checkpoint", step=state.step, folder=path.name)
+
+    def evaluate_now() -> None:
+        result = evaluate_texts(config, prepared, engine, classifier, world, held_out, config.train.evaluate_rows)
+        log.event("eval", step=state.step, epoch=state.step / plan.per_epoch, split=held_out, **result)
+        score = result[config.train.metric]
+        state.worse = 0 if score > state.best else state.worse + 1
+        if score > state.best:
+            state.best, state.best_step = score, state.step
+
+    with log:
+        while True:
+            step, fresh = state.step, state.step > resumed_at
+            at_end = step >= plan.last
+            if (fresh or at_end) and (at_end or due(step, plan.evaluate)) and state.best_step != step:
+                evaluate_now()
+                save_now()
+                timer.restart()
+            elif fresh and due(step, plan.checkpoint):
+                save_now()
+            if config.train.patience and state.worse >= config.train.patience:
+                reason = "patience"
+            elif at_end:
+                reason = "finished" if plan.last == plan.total else "max_steps"
+            elif step % config.train.accumulation == 0 and vote.exchange(wants_stop()):
+                reason = "stopped"
+                if fresh and not due(step, plan.evaluate):
+                    save_now()
+            if reason:
+                break
+
+            timer.waiting()
+            batch = next(source)
+            timer.working()
+            factor = warmup_cosine(step, plan.total, config.train.warmup)
+            state.step = step + 1
+            logged = state.step == resumed_at + 1 or due(state.step, config.train.log_every)
+            loss = train_step(
+                engine,
+                classifier,
+                batch,
+                world,
+                lr_encoder=factor * config.encoder.lr,
+                lr_output=factor * config.output.lr,
+                step=step,
+                seed=config.run.seed,
+                want_loss=logged,
+            )
+            fraction = rewire_fraction(state.step, plan.total, config.rewire.interval, config.rewire.until, config.rewire.fraction)
+            if fraction:
+                done = rewire(classifier, config.rewire, fraction, state.step, world)
+                log.event("rewire", step=state.step, replaced=done.replaced, connections=done.connections, fraction=fraction)
+            timer.stepped()
+            if logged and loss is not None:
+                value = loss.item()  # the one wait for the device
+                if not math.isfinite(value):
+                    raise HasteError(f"the loss became {value} at step {state.step}; resume with lower encoder.lr or output.lr")
+                log.step(
+                    step=state.step,
+                    epoch=state.step / plan.per_epoch,
+                    loss=value,
+                    lr_encoder=factor * config.encoder.lr,
+                    lr_output=factor * config.output.lr,
+                    **timer.read(),
+                )
+        vote.close()
+        log.event("end", step=state.step, reason=reason, best=state.best, best_step=state.best_step, **peak_memory(world.device))
+    return Outcome(reason, state.step, state.best, state.best_step)
+
+
+class StepTimer:
+    """Host-side times of the steps since the last reading; on a GPU the reading follows a wait for the device."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        self.since = time.perf_counter()
+        self.waited, self.steps, self._wait_start = 0.0, 0, 0.0
+
+    def waiting(self) -> None:
+        self._wait_start = time.perf_counter()
+
+    def working(self) -> None:
+        self.waited += time.perf_counter() - self._wait_start
+
+    def stepped(self) -> None:
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        steps = max(1, self.steps)
+        seconds = max(1e-9, time.perf_counter() - self.since)
+        values = {
+            "step_ms": 1e3 * seconds / steps,
+            "samples_per_s": self.batch_size * steps / seconds,
+            "data_wait_ms": 1e3 * self.waited / steps,
+        }
+        self.restart()
+        return values
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak memory of this rank in GiB: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    import resource
+
+    return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

@@ -1,0 +1,27 @@
+"""The output layer's operations: dense head, group-shared sparse tail, top-k and rewiring, on the rows that one rank owns."""
+
+from haste_kernels.head_step import head_step
+from haste_kernels.initial import uniform
+from haste_kernels.rewire import connection_scores, index_dtype, prune_and_regrow, random_features
+from haste_kernels.rounding import stochastic_round
+from haste_kernels.state import HeadState, Loss, Positives, StepArgs, TailState
+from haste_kernels.tail_step import tail_step
+from haste_kernels.topk import merge_topk, topk
+
+__all__ = [
+    "HeadState",
+    "Loss",
+    "Positives",
+    "StepArgs",
+    "TailState",
+    "connection_scores",
+    "head_step",
+    "index_dtype",
+    "merge_topk",
+    "prune_and_regrow",
+    "random_features",
+    "stochastic_round",
+    "tail_step",
+    "topk",
+    "uniform",
+]

@@ -1,0 +1,69 @@
+"""Counter-based random bits, and the unbiased rounding of float32 to bfloat16 that uses them.
+
+A number depends only on what it is for: (seed, step, global row, column, stream). So results are the same for any number of
+shards, any chunk size, and in any other implementation of the same counters (Triton's ``tl.philox`` gives the same words).
+
+    key      seed, as two 32-bit words
+    counter  (column // values a call, row's low word, row's high word | stream << 16, step)
+
+One call makes 4 words of 32 bits, which serve 8 roundings: column 8 b + 2 w + h takes half h (low first) of word w of block b.
+Seven rounds are the fewest that pass the statistical batteries (Salmon et al., SC 2011, the generator's paper).
+
+Letters: R rows, C columns.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+ROUNDS: Final = 7
+# Streams: independent random bits for one (seed, step, row, column).
+WEIGHT: Final = 0
+MOMENTUM: Final = 1
+FEATURES: Final = 2
+REGROW: Final = 3
+
+_MASK: Final = 0xFFFFFFFF
+_MULTIPLY: Final = (0xD2511F53, 0xCD9E8D57)
+_WEYL: Final = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(
+    key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor], rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32: int64 tensors of any shapes that broadcast, values 0..2^32-1, to four of the same."""
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for _ in range(rounds):
+        # The 64-bit product wraps to a signed one; its two words are right all the same.
+        a, b = c0 * _MULTIPLY[0], c2 * _MULTIPLY[1]
+        c0, c2 = (b >> 32).bitwise_and_(_MASK) ^ c1 ^ k0, (a >> 32).bitwise_and_(_MASK) ^ c3 ^ k1
+        c1, c3 = b.bitwise_and_(_MASK), a.bitwise_and_(_MASK)
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def random_words(seed: int, step: int, rows: Tensor, blocks: int, stream: int) -> Tensor:
+    """(R,) int64 global rows to (R, blocks, 4) int64, each a word of 32 random bits."""
+    if not (0 <= seed < 1 << 64 and 0 <= step < 1 << 32):
+        raise ValueError(f"seed={seed} step={step}: the seed is below 2^64 and the step below 2^32, neither negative")
+    device = rows.device
+    high = rows >> 32 | stream << 16
+    block = torch.arange(blocks, device=device)[None]
+    counter = (block, (rows & _MASK)[:, None], high[:, None], torch.full((1, 1), step, dtype=torch.int64, device=device))
+    words = philox((seed & _MASK, seed >> 32), counter)
+    return torch.stack([word.expand(len(rows), blocks) for word in words], dim=-1)
+
+
+def stochastic_round(values: Tensor, seed: int, step: int, rows: Tensor, stream: int) -> Tensor:
+    """Rounds (R, C) float32 ``values`` to bfloat16, up or down with a probability that makes the mean exact.
+
+    ``rows`` (R,) int64: the global row of each. 16 random bits are added below the kept ones and the sum is cut: a value that
+    bfloat16 holds stays as it is, as do infinity and NaN.
+    """
+    columns = values.shape[1]
+    words = random_words(seed, step, rows, -(-columns // 8), stream)
+    halves = words.to(torch.int32).view(torch.int16).flatten(1)[:, :columns]  # little-endian: low half first
+    bits = (halves.to(torch.int32) & 0xFFFF).add_(values.contiguous().view(torch.int32))
+    rounded = (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(values.isnan(), values.to(torch.bfloat16), rounded)

@@ -1,0 +1,60 @@
+"""One step of the sparse tail: gather, logits, loss gradient, update in place, gradient to the embedding; groups by chunk.
+
+    z_TGN = W_TGF xg_TFN + b    xg = x_DN[idx_TF]    dz = dloss/dz    dx_DN[idx_TF] += W^T dz    dW = dz xg^T    W, m, b <- SGD
+
+On a CPU (2 cores of a Zen 5 EPYC, torch 2.13, 123,000 labels, D = 384, F = 64, N = 256, float32) this takes 136 ms at G = 16 and
+88 ms at G = 64, of which the three products are 97 and 72 ms. Spreading W into D columns for plain GEMMs would take 380 ms for
+the products alone: F of D features is that much less to multiply, and gather and scatter cost 12 ms each.
+x is transposed once, so that a gathered feature is one contiguous run of N values. The scale of the loss is applied to dx and
+in the update, not to dz. Every chunk sees its old weights for all N batch rows. Padded rows have no gradient.
+
+Letters: N batch rows, D embedding width, T groups (here or in a chunk), G rows a group, F fan-in, P positives.
+"""
+
+import torch
+from torch import Tensor
+
+from haste_kernels.chunks import chunks
+from haste_kernels.losses import loss_and_gradient_
+from haste_kernels.products import bmm, operand_dtype
+from haste_kernels.state import Positives, StepArgs, TailState
+from haste_kernels.update import sgd_, sgd_bias_
+
+
+@torch.no_grad()
+def tail_step(x_ND: Tensor, positives: Positives, tail: TailState, args: StepArgs, want_loss: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Updates ``tail`` in place; returns dx (N, D) float32 and, if wanted, the loss of the real rows (float32 scalar), both scaled.
+
+    ``x_ND`` float32 or bfloat16; ``positives`` rows are relative to ``tail.first_row``.
+    """
+    n, width = x_ND.shape
+    groups, size, fan_in = tail.weight.shape
+    if groups and not 0 <= groups * size - tail.rows < size:
+        raise ValueError(f"rows={tail.rows}: only the last of {groups} groups of {size} may hold padding")
+    each = 4 * (2 * fan_in * n + 3 * size * n + 8 * size * fan_in)  # bytes of temporaries a group
+    dtype = operand_dtype(x_ND, tail.weight)
+    x_DN = x_ND.to(dtype).T.contiguous()
+    dx_DN = torch.zeros(width, n, dtype=torch.promote_types(dtype, torch.float32), device=x_ND.device)
+    total = torch.zeros((), dtype=torch.float64, device=x_ND.device) if want_loss else None
+    for start, stop, flat, weight in chunks(groups, size, tail.rows, each, positives, n):
+        index = tail.index[start:stop].reshape(-1).long()  # int64: index_add_ is 4 times slower with int32 on a CPU
+        w_TGF = tail.weight[start:stop].to(dtype)
+        xg_TFN = x_DN.index_select(0, index).view(-1, fan_in, n)
+        z_TGN = bmm(w_TGF, xg_TFN)
+        if tail.bias is not None:
+            z_TGN += tail.bias[start:stop, :, None]
+        z_RN = z_TGN.flatten(0, 1)
+        real = min(tail.rows - start * size, len(z_RN))
+        loss = loss_and_gradient_(z_RN[:real], flat, weight, args.loss, want_loss)
+        if total is not None and loss is not None:
+            total += loss
+        z_RN[real:] = 0
+        dz_TGN = z_TGN.to(dtype)
+        dx_DN.index_add_(0, index, bmm(w_TGF.mT, dz_TGN).flatten(0, 1))
+        momentum = None if tail.momentum is None else tail.momentum[start:stop].flatten(0, 1)
+        dw_RF = bmm(dz_TGN, xg_TFN.mT).flatten(0, 1)
+        sgd_(tail.weight[start:stop].flatten(0, 1), momentum, dw_RF, args, tail.first_row + start * size)
+        if tail.bias is not None:
+            bias_momentum = None if tail.bias_momentum is None else tail.bias_momentum[start:stop].view(-1)
+            sgd_bias_(tail.bias[start:stop].view(-1), bias_momentum, z_RN.sum(1), args)
+    return dx_DN.T.contiguous().mul_(args.scale), None if total is None else total.mul_(args.scale).float()

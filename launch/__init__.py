@@ -1,0 +1,1 @@
+"""The haste command and what starts ranks."""

@@ -1,0 +1,122 @@
+"""The ``haste`` command: words in, one function of ``haste_launch.commands`` out, and one place that reports errors.
+
+Exit status: 0 done; 2 an error that the user can mend, told in one line; 130 stopped by the user; 141 the reader of the
+output went away. Anything else is a bug and keeps its traceback. Only argparse is imported here, so ``haste --help``
+answers at once; what a command needs is imported when it runs.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from haste_dist import __version__
+from haste_dist.errors import HasteError, Interrupted
+
+USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+OVERRIDES = "settings that replace the file's, such as train.epochs=3 (haste config lists all)"
+CONFIG = "a YAML file, or the name of a shipped one (demo, wordnet, ...)"
+RUN = "the run folder that haste train wrote"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status. ``argv`` defaults to the words on the command line."""
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # a reader that has left is noticed here, not at interpreter exit
+        return status
+    except Interrupted as error:
+        return _fail(f"haste: interrupted: {error}", INTERRUPTED)
+    except KeyboardInterrupt:
+        return _fail("haste: interrupted", INTERRUPTED)
+    except HasteError as error:
+        return _fail(f"haste: error: {error}", USAGE_ERROR)
+    except BrokenPipeError:
+        # Python flushes stdout once more when it exits; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; each command's namespace carries the name of its function in ``commands``."""
+    parser = argparse.ArgumentParser(prog="haste", description="Extreme multi-label text classification, distributed.")
+    parser.add_argument("--version", action="version", version=f"haste {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    for name, summary in (
+        ("prepare", "read texts and labels, tokenise them, group the labels, write Arrow shards"),
+        ("train", "train on the prepared data; a run that was stopped goes on where it was"),
+        ("config", "print every setting with its value, meaning and range"),
+    ):
+        command = commands.add_parser(name, help=summary, description=_sentence(summary))
+        command.add_argument("config", metavar="CONFIG", help=CONFIG)
+        command.add_argument("overrides", metavar="a.b=c", nargs="*", help=OVERRIDES)
+
+    evaluate = commands.add_parser("evaluate", help="score a trained run", description="Score a trained run and print its metrics.")
+    _add_run(evaluate)
+
+    predict = commands.add_parser("predict", help="rank labels for new texts", description="Rank labels for new texts with a trained run.")
+    _add_run(predict)
+    texts = predict.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given more than once")
+    texts.add_argument("--input", metavar="FILE", help="texts to read: .txt (one a line), .jsonl or .parquet")
+    predict.add_argument("--output", metavar="FILE", help="write .jsonl or .parquet instead of printing")
+    predict.add_argument("-k", type=_positive, default=5, metavar="K", help="labels a text (default 5)")
+
+    plot = commands.add_parser("plot", help="draw a run's curves", description="Draw loss, metrics, churn and step time as a PNG.")
+    plot.add_argument("run", metavar="RUN", help=RUN)
+
+    datasets = commands.add_parser("datasets", help="build a public data set", description="Build a public data set from a package.")
+    actions = datasets.add_subparsers(dest="action", metavar="ACTION", required=True)
+    build = actions.add_parser("build", help="write a data set in the XMC layout", description="Write a data set in the XMC layout.")
+    build.add_argument("name", metavar="NAME", help="icd10 or wordnet")
+    build.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    build.add_argument("--source", metavar="PATH", help="where the raw material lies, if it is not found by itself")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Reads the words, letting settings stand before, between and after options. Exits with status 2 on bad usage."""
+    parser = build_parser()
+    # argparse gives all of a.b=c to the first place it fits, so those behind an option come back as unknown.
+    args, rest = parser.parse_known_args(argv)
+    settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(settings) != len(rest) or (rest and not hasattr(args, "overrides")):
+        unknown = [word for word in rest if word not in settings] or rest
+        parser.error(f"unknown argument: {' '.join(unknown)} (haste {args.command} --help lists what there is)")
+    if rest:
+        args.overrides = [*args.overrides, *settings]
+    return args
+
+
+def _run(argv: list[str]) -> int:
+    args = parse(argv)
+    from haste_launch import commands
+
+    return getattr(commands, args.command)(args)
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help=RUN)
+    command.add_argument("overrides", metavar="a.b=c", nargs="*", help=OVERRIDES)
+    command.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), last, or a name such as step-00001200")
+
+
+def _positive(word: str) -> int:
+    number = int(word)  # argparse turns a ValueError into its usage message
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _sentence(summary: str) -> str:
+    return f"{summary[0].upper()}{summary[1:]}."
+
+
+def _fail(line: str, status: int) -> int:
+    print(" ".join(line.split()), file=sys.stderr, flush=True)  # one line, whatever a message held
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""One function a ``haste`` command: reads the config, calls the library, prints what a person wants to know.
+
+Each takes the parsed words and returns the exit status. Imports stand inside the functions: torch, Ray and transformers
+take seconds, and ``haste config`` needs none of them.
+"""
+
+import json
+from argparse import Namespace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from haste_dist.config import Config, describe, load_config
+from haste_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from haste_dist.label_groups import LabelOrder
+    from haste_dist.predict import LabelNames
+
+
+def config(args: Namespace) -> int:
+    print(describe(load_config(args.config, args.overrides)), end="")
+    return 0
+
+
+def prepare(args: Namespace) -> int:
+    settings = load_config(args.config, args.overrides)
+    from haste_dist.sources import find_source
+
+    find_source(settings.data)  # a wrong folder fails here, before Ray starts
+    from haste_dist.prepare import prepare as prepare_data
+    from haste_launch.ray_session import ray_session
+
+    with ray_session(settings):
+        prepare_data(settings)
+    return 0
+
+
+def train(args: Namespace) -> int:
+    settings = load_config(args.config, args.overrides)
+    from haste_launch.ray_train import train as train_ranks
+
+    return train_ranks(settings)
+
+
+def evaluate(args: Namespace) -> int:
+    settings = run_config(args.run, args.overrides)
+    from haste_dist.evaluate import print_metrics
+    from haste_launch.ray_train import evaluate as evaluate_ranks
+
+    status = evaluate_ranks(settings, args.checkpoint)
+    file = Path(args.run) / f"evaluate-{settings.evaluate.split}.json"
+    page = json.loads(file.read_text(encoding="utf-8"))
+    print_metrics(page["metrics"], page["most_frequent_labels"])
+    print(file)
+    return status
+
+
+def predict(args: Namespace) -> int:
+    settings = run_config(args.run, args.overrides)
+    from haste_dist.predict import Input, check_output, predict_all, print_predictions, read_inputs, write_predictions
+
+    if args.output:
+        check_output(args.output, args.input)
+    batches = read_inputs(args.input) if args.input else iter([[Input(text) for text in args.text]])
+    first = next(batches)  # a bad file fails before the model loads
+    from haste_dist.predictor import Predictor
+
+    predictor = Predictor(args.run, args.checkpoint, settings.launch.device)
+    predictions = predict_all(predictor.predict, chain([first], batches), label_names(Path(args.run), predictor.order), args.k)
+    if args.output:
+        print(f"{args.output}: {write_predictions(predictions, args.output):,} texts")
+    else:
+        print_predictions(predictions)
+    return 0
+
+
+def plot(args: Namespace) -> int:
+    run_config(args.run, [])  # a wrong folder fails here, before matplotlib loads
+    from haste_dist.plot import plot_run
+
+    print(plot_run(args.run))
+    return 0
+
+
+def datasets(args: Namespace) -> int:
+    from haste_dist.datasets import build_dataset
+
+    stats = build_dataset(args.name, args.out, args.source)
+    print(f"{args.out}: {stats['train_texts']:,} texts to train on, {stats['test_texts']:,} to test, {stats['labels']:,} labels")
+    return 0
+
+
+def label_names(run: Path, order: "LabelOrder") -> "LabelNames":
+    """The label texts that the run folder keeps, so that prediction needs no prepared folder. Raises DataError."""
+    import pyarrow as pa
+
+    from haste_dist.label_groups import LABELS_FILE, ORDER_SCHEMA
+    from haste_dist.manifest import read_arrow
+    from haste_dist.predict import LabelNames
+
+    text = read_arrow(run / LABELS_FILE, ORDER_SCHEMA)["text"].take(pa.array(order.row_of_label))
+    return LabelNames(pa.table({"uid": pa.nulls(len(text), pa.string()), "text": text}))
+
+
+def run_config(run: str, overrides: list[str]) -> Config:
+    """The config that a run was trained with, ``overrides`` on top. ``run.folder`` is where the run lies now.
+
+    Raises ConfigError if ``run`` is no run folder.
+    """
+    file = Path(run) / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{run}: no run folder (it has no config.yaml); haste train makes one")
+    settings = load_config(file, overrides)
+    settings.run.folder = str(run)
+    return settings

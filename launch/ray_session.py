@@ -1,0 +1,45 @@
+"""A Ray cluster for one command: the one that the user named, or one on this machine that ends with the command."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+from haste_dist.config import Config
+from haste_dist.errors import ConfigError
+
+OBJECT_STORE_BYTES = 2**30  # of a cluster of our own; blocks in flight are a few MiB each
+
+
+@contextlib.contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Joins ``launch.address`` or RAY_ADDRESS, or starts Ray on this machine, bound to 127.0.0.1, with token authentication.
+
+    Raises ConfigError where a named cluster does not answer.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keep CUDA_VISIBLE_DEVICES in tasks without GPUs
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # ranks see the relative paths that the user typed
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    import ray
+
+    address = config.launch.address or os.environ.get("RAY_ADDRESS", "")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"launch.address: no Ray cluster at '{address}' ({str(error).splitlines()[0]})") from None
+    else:
+        # With RAY_AUTH_MODE unset Ray turns token authentication on for a new cluster.
+        ray.init(
+            address="local",
+            num_cpus=config.data.workers or len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

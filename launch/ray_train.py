@@ -1,0 +1,192 @@
+"""Starts the ranks with Ray Train, watches their metrics, and passes Ctrl-C on as a wish to stop.
+
+The ranks run ``haste_dist.train`` or ``haste_dist.scoring`` and know nothing of Ray. The driver and the ranks share the run
+folder: ranks write metrics there, the driver a file that asks them to stop.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from haste_dist.config import Config, check
+from haste_dist.errors import ConfigError, HasteError, Interrupted
+from haste_launch.progress import Progress
+from haste_launch.ray_session import ray_session
+
+STOP_FILE = ".stop"
+POLL_SECONDS = 0.25
+
+
+def train(config: Config) -> int:
+    """Trains on all ranks; returns the exit status. Raises Interrupted after a stop by Ctrl-C, and HasteError."""
+    from haste_dist.train import check_run
+
+    config = absolute_paths(config)
+    check_run(config)
+    with ray_session(config):
+        asked_by = run_ranks(config, "train", {})
+    if asked_by == signal.SIGINT:
+        raise Interrupted(f"training stopped, everything is saved in {config.run.folder}; the same command goes on from there")
+    return 0
+
+
+def evaluate(config: Config, checkpoint: str) -> int:
+    """Scores a checkpoint on all ranks, which write evaluate-<split>.json; returns the exit status."""
+    config = absolute_paths(config)
+    with ray_session(config):
+        asked_by = run_ranks(config, "evaluate", {"checkpoint": checkpoint})
+    if asked_by == signal.SIGINT:
+        raise Interrupted("evaluation stopped")
+    return 0
+
+
+def run_ranks(config: Config, task: str, arguments: dict[str, Any]) -> int:
+    """Runs ``task`` on every rank of the connected cluster, and returns the signal that asked it to stop (0: none).
+
+    Raises the HasteError of a rank, or Ray's error with the rank's traceback where it is no user's mistake.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    ranks, on_gpu = count_ranks(config, ray.cluster_resources())
+    run = Path(config.run.folder)
+    run.mkdir(parents=True, exist_ok=True)
+    stop = run / STOP_FILE
+    stop.unlink(missing_ok=True)
+    cpus = ray.cluster_resources().get("CPU", 1)
+    threads = config.launch.threads or max(1, int(cpus / len(ray.nodes())) // max(1, ranks // len(ray.nodes())))
+    payload = {"config": dataclasses.asdict(config), "task": task, "threads": threads, "on_gpu": on_gpu, **arguments}
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    trainer = TorchTrainer(
+        rank_main,
+        train_loop_config=payload,
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=ranks, use_gpu=on_gpu, resources_per_worker={"GPU": 1} if on_gpu else {"CPU": min(1.0, cpus / ranks)}
+        ),
+        run_config=RunConfig(name=".ray", storage_path=str(run), failure_config=FailureConfig(max_failures=config.launch.retries)),
+    )
+    outcome: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # handed to the main thread
+            outcome.append(error)
+
+    # In a thread of its own Ray leaves the signals of the main thread to us.
+    thread = threading.Thread(target=fit, name="ranks", daemon=True)
+    with stop_signals(stop) as asked, Progress(run, task) as progress:
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            progress.update()
+    stop.unlink(missing_ok=True)
+    if outcome:
+        raise user_error(outcome[0]) or outcome[0]
+    return asked[0] if asked else 0
+
+
+def rank_main(payload: dict[str, Any]) -> None:
+    """What each rank runs; Ray has set up the process group."""
+    import ray.train.torch
+    import torch
+
+    from haste_dist.world import join_world
+
+    torch.set_num_threads(payload["threads"])
+    config = config_from_dict(payload["config"])
+    world = join_world(ray.train.torch.get_device() if payload["on_gpu"] else torch.device("cpu"))
+    if payload["task"] == "train":
+        from haste_dist.train import train as train_rank
+
+        train_rank(config, world, stop_reader(Path(config.run.folder) / STOP_FILE))
+    else:
+        from haste_dist.scoring import evaluate_run
+
+        evaluate_run(config, world, payload["checkpoint"])
+
+
+def count_ranks(config: Config, resources: dict[str, float]) -> tuple[int, bool]:
+    """(ranks, whether each has a GPU) for a cluster with ``resources``. Raises ConfigError if it cannot hold them."""
+    gpus = int(resources.get("GPU", 0))
+    on_gpu = config.launch.device == "cuda" or (config.launch.device == "auto" and gpus > 0)
+    if on_gpu and not gpus:
+        raise ConfigError("launch.device=cuda: the Ray cluster has no GPU; set launch.device=cpu or join another cluster")
+    ranks = config.launch.ranks or (gpus if on_gpu else 1)
+    if on_gpu and ranks > gpus:
+        raise ConfigError(f"launch.ranks={ranks}: the Ray cluster has {gpus} GPUs, one is needed a rank")
+    return ranks, on_gpu
+
+
+def user_error(error: BaseException) -> HasteError | None:
+    """The HasteError that a rank raised, out of Ray's wrapping; None if the failure is no user's mistake."""
+    for one in getattr(error, "worker_failures", {}).values():
+        inner = getattr(one, "_base_exc", one)
+        if isinstance(inner, HasteError):
+            return inner
+    return None
+
+
+def stop_reader(path: Path) -> Callable[[], bool]:
+    """A cheap question for every step: has somebody asked to stop? Looks at the file at most every quarter of a second."""
+    seen, looked = False, 0.0
+
+    def wants_stop() -> bool:
+        nonlocal seen, looked
+        if not seen and time.monotonic() - looked > POLL_SECONDS:
+            looked = time.monotonic()
+            seen = path.exists()
+        return seen
+
+    return wants_stop
+
+
+@contextlib.contextmanager
+def stop_signals(stop: Path) -> Iterator[list[int]]:
+    """While it lasts, the first SIGINT or SIGTERM makes the file ``stop``, a second one interrupts. Yields those received."""
+    received: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        stop.touch()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def config_from_dict(page: dict[str, Any]) -> Config:
+    """The inverse of ``dataclasses.asdict`` on a Config."""
+    parts = {f.name: f.type(**page[f.name]) for f in dataclasses.fields(Config)}  # type: ignore[operator]
+    config = Config(**parts)
+    check(config)
+    return config
+
+
+def absolute_paths(config: Config) -> Config:
+    """Folders and local model paths as absolute ones, since ranks may start elsewhere."""
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, folder=os.path.abspath(config.run.folder)),
+        data=dataclasses.replace(config.data, prepared=os.path.abspath(config.data.prepared) if config.data.prepared else ""),
+    )
+    encoder = {
+        name: os.path.abspath(getattr(config.encoder, name))
+        for name in ("name", "tokenizer")
+        if os.path.isdir(getattr(config.encoder, name))
+    }
+    return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, **encoder))

@@ -1,0 +1,240 @@
+"""The ``haste`` command as a user meets it: what it prints where, and how it exits."""
+
+import contextlib
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from haste_dist import __version__
+from haste_dist.config import Config, load_config, save_config
+from haste_dist.datasets import NAMES
+from haste_dist.errors import ConfigError, DataError, HasteError, Interrupted
+from haste_launch import cli, commands
+
+HASTE = [sys.executable, "-m", "haste_launch.cli"]
+HEAVY = {"torch", "ray", "transformers", "deepspeed", "pyarrow", "matplotlib", "numpy", "rich"}
+
+
+def haste(words: str, **more: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*HASTE, *shlex.split(words)], capture_output=True, text=True, timeout=120, check=False, **more)  # type: ignore[call-overload]
+
+
+def one_error_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert done.stderr.startswith("haste: error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_help_names_every_command_and_config_prints_the_page() -> None:
+    done = haste("--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for command in ("prepare", "train", "evaluate", "predict", "plot", "config", "datasets"):
+        assert f"\n    {command} " in done.stdout
+        assert hasattr(commands, command)
+    assert haste("--version").stdout == f"haste {__version__}\n"
+    done = haste("config demo train.epochs=0.5")
+    assert done.returncode == 0
+    assert "  epochs: 0.5 " in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["config", "demo"]])
+def test_an_answer_does_not_wait_for_heavy_imports(words: list[str]) -> None:
+    program = (
+        "import sys\nfrom haste_launch.cli import main\n"
+        f"try: main({words!r})\nexcept SystemExit: pass\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("config nosuch", "no such config file"),
+        ("config demo train.epoch=3", "did you mean 'train.epochs'?"),
+        ("train demo output.group_size=48", "must be in [1 | 16 | 32 | 64 | 128]"),
+        ("train demo data.prepared=nosuch", "haste prepare"),
+        ("train demo data.prepared=", "data.prepared is empty"),
+        ("prepare demo data.source=nosuch", "nosuch"),
+        ("evaluate nosuch", "no run folder"),
+        ("predict nosuch --text x", "no run folder"),
+        ("plot nosuch", "no run folder"),
+        ("datasets build nosuch --out out", "icd10"),
+        ("datasets build wordnet --out out --source nosuch", "nosuch"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(tmp_path: Path, words: str, says: str) -> None:
+    assert says in one_error_line(haste(words, cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "nosuch",
+        "config",
+        "plot a b",
+        "predict run",
+        "predict run --text x -k 0",
+        "predict run --text x --input y",
+        "train demo -z",
+        "plot run a.b=c",
+    ],
+)
+def test_bad_usage_exits_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(shlex.split(words))
+    assert stopped.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_settings_may_stand_before_between_and_after_options() -> None:
+    for words in (
+        "predict run a.b=1 c.d=2 --text x",
+        "predict run --text x a.b=1 c.d=2",
+        "predict --text x run a.b=1 c.d=2",
+        "predict run a.b=1 --text x c.d=2",
+    ):
+        args = cli.parse(shlex.split(words))
+        assert (args.run, args.overrides, args.text) == ("run", ["a.b=1", "c.d=2"], ["x"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (DataError("trn.json: line 3: bad"), 2, "haste: error: trn.json: line 3: bad\n"),
+        (HasteError("two\nlines"), 2, "haste: error: two lines\n"),
+        (Interrupted("saved in runs/x"), 130, "haste: interrupted: saved in runs/x\n"),
+        (KeyboardInterrupt(), 130, "haste: interrupted\n"),
+    ],
+)
+def test_errors_become_a_line_and_a_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str
+) -> None:
+    def fail(args: Namespace) -> int:
+        raise error
+
+    monkeypatch.setattr(commands, "plot", fail)
+    assert cli.main(["plot", "run"]) == status
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", line)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: Namespace) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(commands, "plot", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["plot", "run"])
+
+
+def test_a_status_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "plot", lambda args: 3)
+    assert cli.main(["plot", "run"]) == 3
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    with subprocess.Popen([*HASTE, "config", "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == cli.BROKEN_PIPE
+
+
+def test_ctrl_c_is_one_line_and_130() -> None:
+    program = (
+        "import sys, time\nfrom haste_launch import cli, commands\n"
+        "def wait(args):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "commands.plot = wait\nsys.exit(cli.main(['plot', 'run']))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr.read() == "haste: interrupted\n"
+
+
+def test_a_run_is_read_with_its_own_page_and_from_where_it_lies_now(tmp_path: Path) -> None:
+    config = Config()
+    config.run.folder = "where/it/was/trained"
+    config.train.epochs = 7
+    save_config(config, tmp_path / "config.yaml")
+    found = commands.run_config(str(tmp_path), ["evaluate.split=train"])
+    assert found.run.folder == str(tmp_path)
+    assert (found.train.epochs, found.evaluate.split) == (7, "train")
+    with pytest.raises(ConfigError, match="unknown setting"):
+        commands.run_config(str(tmp_path), ["evaluate.spilt=train"])
+
+
+def test_prepare_runs_inside_a_ray_session_and_train_gets_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    import haste_dist.prepare
+    import haste_dist.sources
+    import haste_launch.ray_session
+    import haste_launch.ray_train
+
+    order: list[object] = []
+
+    @contextlib.contextmanager
+    def session(config: Config):  # type: ignore[no-untyped-def]
+        order.append("up")
+        yield
+        order.append("down")
+
+    monkeypatch.setattr(haste_launch.ray_session, "ray_session", session)
+    monkeypatch.setattr(haste_dist.sources, "find_source", lambda data: order.append(data))
+    monkeypatch.setattr(haste_dist.prepare, "prepare", lambda config: order.append(config))
+    monkeypatch.setattr(haste_launch.ray_train, "train", lambda config: order.append(config) or 0)
+    wanted = load_config("demo", ["run.seed=3"])
+    assert cli.main(["prepare", "demo", "run.seed=3"]) == 0
+    assert cli.main(["train", "demo", "run.seed=3"]) == 0
+    assert order == [wanted.data, "up", wanted, "down", wanted]
+
+
+def test_evaluate_prints_what_the_ranks_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import haste_launch.ray_train
+
+    save_config(Config(), tmp_path / "config.yaml")
+    scores = {"P@1": 0.5, "P@3": 0.3, "P@5": 0.2, "rows": 10}
+
+    def evaluate(config: Config, checkpoint: str) -> int:
+        assert checkpoint == "last"
+        page = {"metrics": scores, "most_frequent_labels": {"P@1": 0.05}}
+        (Path(config.run.folder) / "evaluate-dev.json").write_text(json.dumps(page))
+        return 0
+
+    monkeypatch.setattr(haste_launch.ray_train, "evaluate", evaluate)
+    assert cli.main(["evaluate", str(tmp_path), "evaluate.split=dev", "--checkpoint", "last"]) == 0
+    printed = capsys.readouterr().out
+    assert "50.00" in printed
+    assert "10.0 times" in printed
+    assert "evaluate-dev.json" in printed
+
+
+def test_datasets_build_writes_the_set_and_says_how_large(tmp_path: Path) -> None:
+    pytest.importorskip("simple_icd_10_cm")
+    done = haste("datasets build icd10 --out icd", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    stats = json.loads((tmp_path / "icd" / "stats.json").read_text())
+    assert f"{stats['labels']:,} labels" in done.stdout
+    assert {"trn.json.gz", "tst.json.gz", "lbl.json.gz", "LICENSE"} <= {path.name for path in (tmp_path / "icd").iterdir()}
+
+
+def test_help_names_every_data_set() -> None:
+    done = haste("datasets build --help")
+    assert all(name in done.stdout for name in NAMES)

@@ -1,0 +1,131 @@
+"""The repository itself: style, types, import rules, and documents that agree with the code."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from haste_launch import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("haste_dist", "kernels", "launch", "conf", "tests", "benchmarks", "docs", ".ci")
+PACKAGES = {"haste_dist": "haste_dist", "haste_kernels": "kernels", "haste_launch": "launch", "haste_conf": "conf"}
+MADE = {"__pycache__", "records"}  # made by tools, not by hand
+PYTHON = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py") if "__pycache__" not in p.parts)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKE_TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def tracked_files() -> set[str]:
+    """What a clone holds, by hand: tests also run where there is no git."""
+    tops = [p.name for p in ROOT.iterdir() if p.is_file() and p.name != ".git"]
+    inner = [p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.is_file()]
+    return {*tops, *(p.relative_to(ROOT).as_posix() for p in inner if not MADE & set(p.relative_to(ROOT).parts))}
+
+
+def run_tool(*words: str, **environment: str) -> None:
+    program = shutil.which(words[0], path=f"{Path(sys.executable).parent}") or words[0]
+    more = {**os.environ, **environment}
+    done = subprocess.run([program, *words[1:]], cwd=ROOT, env=more, capture_output=True, text=True, timeout=280, check=False)
+    if done.returncode:
+        pytest.fail(f"{' '.join(words)}\n{done.stdout}{done.stderr}", pytrace=False)
+
+
+def test_ruff_finds_nothing() -> None:
+    run_tool("ruff", "check")
+
+
+def test_the_code_is_formatted() -> None:
+    run_tool("ruff", "format", "--check")
+
+
+def test_mypy_finds_nothing(tmp_path: Path) -> None:
+    # mypy cannot see through an editable install that gives folders other names, so it gets folders of those names.
+    for name, folder in PACKAGES.items():
+        (tmp_path / name).symlink_to(ROOT / folder)
+    run_tool("mypy", MYPYPATH=str(tmp_path))
+
+
+def test_imports_run_one_way() -> None:
+    run_tool("lint-imports")
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=[p.relative_to(ROOT).as_posix() for p in PYTHON])
+def test_no_code_runs_what_a_file_says(path: Path) -> None:
+    """Files are data: no pickle in any of its forms, no remote code. Comments in prose may name them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        at = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            bad = {name.split(".")[0] for name in names} & {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
+            assert not bad, f"{at}: imports {bad}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"torch.load", "torch.save", "eval", "exec", "yaml.load"}, f"{at}: {called}"
+            bad = {word.arg for word in node.keywords} & {"trust_remote_code", "allow_pickle", "weights_only"}
+            assert not bad, f"{at}: {bad}"
+
+
+def test_no_file_knows_the_machine_it_was_written_on() -> None:
+    here = re.compile(r"(?<![\w.])/(?:work|root|home|Users|scratch|mnt|data)/\w|\bpypi\.org|files\.pythonhosted|registry\.npmjs")
+    found = []
+    for name in sorted(tracked_files()):
+        path = ROOT / name
+        if path.suffix in {".py", ".yaml", ".yml", ".toml", ".md", ".txt", ".sh", ""} and name != "LICENSE" and path != Path(__file__):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            found += [f"{name}:{i}: {line.strip()}" for i, line in enumerate(lines, 1) if here.search(line)]
+    assert found == []
+
+
+def test_files_stay_short() -> None:
+    long = {p.relative_to(ROOT).as_posix(): n for p in PYTHON if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400}
+    assert long == {}, "one idea a file; split these"
+
+
+def test_the_readme_tree_lists_every_file_and_no_other() -> None:
+    block = README.split("## Files", 1)[1].split("```")[1]
+    listed, folder = set(), ""
+    for line in block.splitlines()[1:]:
+        name = line.split()[0] if line.split() else ""
+        if line.startswith("  "):
+            listed.add(f"{folder}{name}")
+        elif name.endswith("/"):
+            folder = name
+        elif name:
+            listed.add(name)
+    files = tracked_files()
+    assert {name for name in files if not name.endswith(("py.typed", "__init__.py"))} == listed
+
+
+def test_every_command_in_the_documents_exists() -> None:
+    seen = set()
+    for name in ("README.md", "CONTRIBUTING.md", "Makefile", *(f"conf/{p.name}" for p in (ROOT / "conf").glob("*.yaml"))):
+        text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in text.splitlines():
+            words = line.lstrip("#\t $").split(" #")[0]
+            words = words.split("|| ")[-1].replace("[a.b=c ...]", "a.b=c")
+            if words.startswith("haste ") and ("conf/" in name or name == "Makefile" or line.startswith("haste ")):
+                cli.parse(shlex.split(words)[1:])  # exits where the parser does not know a word
+                seen.add(words.split()[1])
+        for target in re.findall(r"`make ([a-z]+)|^make ([a-z]+)", text, re.MULTILINE):
+            assert "".join(target) in MAKE_TARGETS, f"{name}: make {target}"
+    assert seen == {"prepare", "train", "evaluate", "predict", "plot", "config", "datasets"}
+
+
+def test_the_constraints_pin_every_dependency_of_the_project() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(word for extra in ("dev", "demo", "serve") for word in extras[extra])]
+    names = {re.split(r"[\[><=~! ]", word)[0].lower().replace("_", "-") for word in wanted} - {project["name"]}
+    lines = [line for line in (ROOT / "constraints-cpu.txt").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.!]+", line) for line in lines)
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
+    assert names <= pinned

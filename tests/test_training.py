@@ -1,0 +1,188 @@
+"""The whole loop on gloo ranks: the number of ranks changes nothing, a resumed run goes on exactly, stopping is agreed."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from haste_dist.collectives import StopVote
+from haste_dist.config import Config
+from haste_dist.errors import CheckpointError, DataError, HasteError
+from haste_dist.label_groups import load_label_order
+from haste_dist.runlog import read_events
+from haste_dist.train import check_run, train
+from haste_dist.world import World, join_world
+from tiny import make_prepared, make_tokenizer, read_losses, run_ranks
+
+STEPS = 30
+
+
+def train_all(world: World, configs: list[Config]) -> None:
+    for config in configs:
+        train(config, world)
+
+
+def final_tensors(run: str) -> dict[str, Tensor]:
+    """Encoder, head and tail of a run's last checkpoint, label rows of all ranks joined."""
+    folder = Path(run) / "checkpoints" / f"step-{json.loads((Path(run) / 'checkpoints/last.json').read_text())['step']:08d}"
+    found = load_file(folder / "encoder.safetensors")
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for path in folder.glob("output-*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name, start in file.metadata().items():
+                parts.setdefault(name, []).append((int(start), file.get_tensor(name)))
+    for name, pieces in parts.items():
+        found[name] = torch.cat([tensor for start, tensor in sorted(pieces, key=lambda p: (p[0], len(p[1])))])
+    return found
+
+
+@pytest.mark.slow
+def test_one_two_and_four_ranks_train_the_same_model(tmp_path: Path) -> None:
+    """Float32, with rewirings, a label count that divides by nothing, texts that do not fill the last batch."""
+    words = [f"train.max_steps={STEPS}", "output.bias=true", "output.tail_dropout=0.2", "encoder.zero=1"]
+    prime = make_prepared(tmp_path / "prime", labels=101, texts=187, overrides=words)
+    even = make_prepared(tmp_path / "even", labels=160, texts=192, overrides=[*words, "rewire.prune=global", "output.loss=squared_hinge", "output.lr=0.05"])
+    runs: dict[int, list[Config]] = {}
+    for ranks in (1, 2, 4):
+        runs[ranks] = copy.deepcopy([prime, even])
+        for config in runs[ranks]:
+            config.run.folder += str(ranks)
+    train_all(join_world("cpu"), runs[1])
+    for ranks in (2, 4):
+        run_ranks(ranks, train_all, runs[ranks])
+    for which in (0, 1):
+        one = runs[1][which].run.folder
+        losses = read_losses(one)
+        assert len(losses) == STEPS
+        assert losses[-1] < losses[0]
+        rewired = [e for e in read_events(one) if e["event"] == "rewire"]
+        assert len(rewired) >= 2
+        assert rewired[0]["replaced"] > 0
+        expected = final_tensors(one)
+        for ranks in (2, 4):
+            other = runs[ranks][which].run.folder
+            np.testing.assert_allclose(read_losses(other), losses, rtol=1e-5)
+            assert [(e["step"], e["replaced"]) for e in read_events(other) if e["event"] == "rewire"] == [(e["step"], e["replaced"]) for e in rewired]
+            got = final_tensors(other)
+            assert set(got) == set(expected)
+            for name, tensor in expected.items():
+                torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_resumed_run_repeats_the_unbroken_one_exactly(tmp_path: Path) -> None:
+    words = ["encoder.dropout=0.1", "output.head_dropout=0.2", "train.accumulation=2", "output.weight_dtype=bfloat16"]
+    unbroken = make_prepared(tmp_path, overrides=words)
+    world = join_world("cpu")
+    train(unbroken, world)
+    broken = copy.deepcopy(unbroken)
+    broken.run.folder += "-broken"
+    for stop in (8, 20, 0):  # a stop after 8 steps, one after 20, then to the end
+        broken.train.max_steps = stop
+        train(broken, world)
+    assert [e["step"] for e in read_events(broken.run.folder) if e["event"] == "start"] == [0, 8, 20]
+    assert read_losses(broken.run.folder) == read_losses(unbroken.run.folder)
+    left, right = final_tensors(broken.run.folder), final_tensors(unbroken.run.folder)
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_training_learns_and_keeps_the_best_and_the_last(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path, labels=64, texts=512, overrides=["train.epochs=6", "train.batch_size=32", "rewire.interval=20"])
+    outcome = train(config, join_world("cpu"))
+    assert outcome.reason == "finished"
+    events = read_events(config.run.folder)
+    scores = {e["step"]: e["P@1"] for e in events if e["event"] == "eval"}
+    assert outcome.best == max(scores.values())
+    assert outcome.best > 0.4  # the most frequent label reaches 0.2
+    kept = {int(p.name.removeprefix("step-")) for p in (Path(config.run.folder) / "checkpoints").glob("step-*")}
+    assert kept == {outcome.step, outcome.best_step}
+    assert list((Path(config.run.folder) / "tensorboard").iterdir())
+
+
+def test_patience_stops_a_run_that_gets_no_better(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path, overrides=["train.epochs=20", "train.patience=2", "output.lr=0", "encoder.lr=0"])
+    outcome = train(config, join_world("cpu"))
+    assert (outcome.reason, outcome.best_step) == ("patience", 12)
+    assert outcome.step == 36
+
+
+def test_a_wish_to_stop_saves_at_once_and_the_run_goes_on(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path, overrides=["train.accumulation=2"])
+    asked = iter([False, False, True])
+    outcome = train(config, join_world("cpu"), lambda: next(asked, True))
+    assert outcome.reason == "stopped"
+    assert outcome.step == 6  # asked at step 4, agreed one update later
+    assert (Path(config.run.folder) / "checkpoints" / "step-00000006").is_dir()
+    assert train(config, join_world("cpu")).step == 36
+
+
+def vote_from_one_rank(world: World) -> None:
+    vote = StopVote(world)
+    heard = [vote.exchange(world.rank == 1 and step == 2) for step in range(6)]
+    vote.close()
+    assert heard[:4] == [False, False, False, True], heard
+
+
+def test_one_rank_stops_all_at_the_same_step() -> None:
+    run_ranks(2, vote_from_one_rank)
+
+
+def test_an_infinite_loss_stops_the_run_with_its_step(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path, overrides=["output.lr=1e30"])
+    with pytest.raises(HasteError, match=r"the loss became (nan|inf) at step \d+"):
+        train(config, join_world("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"run.resume": "must"}, CheckpointError, "no checkpoint to resume from"),
+        ({"data.max_length": 32}, DataError, "texts were cut to 16 tokens"),
+        ({"output.group_size": 32}, HasteError, "groups of 16 and 16 head rows"),
+        ({"data.prepared": "nowhere"}, DataError, "run haste prepare"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_ranks_start(tmp_path: Path, change: dict, error: type, said: str) -> None:
+    config = make_prepared(tmp_path)
+    for key, value in change.items():
+        part, name = key.split(".")
+        setattr(getattr(config, part), name, value)
+    with pytest.raises(error, match=said):
+        check_run(config)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path)
+    other = make_tokenizer(tmp_path / "other")
+    page = json.loads((other / "tokenizer.json").read_text())
+    page["model"]["vocab"]["extra"] = 202
+    (other / "tokenizer.json").write_text(json.dumps(page))
+    config.encoder.tokenizer = str(other)
+    with pytest.raises(DataError, match="whose rules differ"):
+        check_run(config)
+
+
+def test_a_used_folder_is_refused_where_nothing_may_be_resumed(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path, overrides=["train.max_steps=2"])
+    train(config, join_world("cpu"))
+    config.run.resume = "never"
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        check_run(config)
+
+
+def test_the_label_order_of_a_run_is_copied_for_predict(tmp_path: Path) -> None:
+    from haste_dist.predictor import Predictor
+
+    config = make_prepared(tmp_path, labels=64, texts=256, overrides=["train.epochs=4"])
+    train(config, join_world("cpu"))
+    assert load_label_order(Path(config.run.folder)).labels == 64
+    labels, scores = Predictor(config.run.folder, device="cpu").predict(["w0 w1", "w7 w8 w9"], k=70)
+    assert labels.shape == (2, 70)
+    assert sorted(labels[0][:64]) == list(range(64))
+    assert (labels[:, 64:] == -1).all()
+    assert (np.diff(scores[:, :64]) <= 0).all()

@@ -1,0 +1,139 @@
+"""A small made-up problem in a prepared folder, and ranks to run on it: what the tests of training share."""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.multiprocessing as mp
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from haste_dist.config import Config, load_config
+from haste_dist.encoder import load_tokenizer, tokenizer_fingerprint
+from haste_dist.label_groups import make_label_order
+from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, SHARD_SCHEMA, Manifest, Shard, Split, TokenizerRecord, write_arrow, write_manifest
+
+WORDS = 200
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """A word-level tokenizer over w0..w199, saved to ``folder``."""
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i + 2 for i in range(WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def make_prepared(folder: Path, labels: int = 101, texts: int = 192, seed: int = 0, overrides: list[str] | None = None) -> Config:
+    """A prepared folder in which a text's words tell its labels; returns a small config that trains on it on the CPU."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = load_config(
+        None,
+        [
+            f"run.folder={folder}/run",
+            f"data.prepared={folder}/prepared",
+            "data.max_length=16",
+            "data.length_buckets=2",
+            f"encoder.tokenizer={make_tokenizer(folder / 'tokenizer')}",
+            "encoder.width=32",
+            "encoder.heads=2",
+            "encoder.layers=1",
+            "encoder.dropout=0",
+            "encoder.lr=1e-3",
+            "groups.features=tfidf",
+            "groups.method=frequency",
+            "output.group_size=16",
+            "output.fan_in=8",
+            "output.lr=2.0",
+            "rewire.interval=7",
+            "train.batch_size=16",
+            "train.epochs=3",
+            "train.log_every=1",
+            "evaluate.batch_size=32",
+            "launch.device=cpu",
+            *(overrides or []),
+        ],
+    )
+    rng = np.random.default_rng(seed)
+    prepared = Path(config.data.prepared)
+    for split in ("train", "test"):
+        (prepared / split).mkdir(parents=True, exist_ok=True)
+    frequency = np.zeros(labels, np.int64)
+    splits = {}
+    for split, count in (("train", texts), ("test", texts // 4)):
+        rows = []
+        for i in range(count):
+            chosen = np.unique((labels * rng.random(rng.integers(1, 4)) ** 2).astype(int))
+            tokens = [int(2 + (7 * label + j) % WORDS) for label in chosen for j in range(2)] + list(rng.integers(2, WORDS, rng.integers(0, 4)))
+            rows.append((f"{split}{i}", [int(t) for t in tokens], [int(c) for c in chosen]))
+        if split == "train":
+            np.add.at(frequency, np.concatenate([r[2] for r in rows]), 1)
+        splits[split] = _write_split(prepared, split, rows)
+    tokenizer = load_tokenizer(config.encoder)
+    record = TokenizerRecord(config.encoder.tokenizer, tokenizer_fingerprint(tokenizer), 0, WORDS + 2)
+    manifest = Manifest({"format": "made up"}, labels, 16, record, splits)
+    columns = [pa.array([f"l{i}" for i in range(labels)]), pa.array([f"w{7 * i % WORDS}" for i in range(labels)]), pa.array(frequency)]
+    write_arrow(prepared / LABEL_TEXTS, pa.RecordBatch.from_arrays(columns, schema=LABEL_SCHEMA))
+    write_manifest(prepared, manifest)
+    make_label_order(config, prepared, manifest)
+    return config
+
+
+def _write_split(prepared: Path, split: str, rows: list[tuple[str, list[int], list[int]]]) -> Split:
+    shards, half = [], len(rows) // 2 + 1
+    for number, part in enumerate((rows[:half], rows[half:])):
+        name = f"{split}/{number:05d}.arrow"
+        columns = [pa.array(list(column), type=field.type) for column, field in zip(zip(*part, strict=True), SHARD_SCHEMA, strict=True)]
+        write_arrow(prepared / name, pa.RecordBatch.from_arrays(columns, schema=SHARD_SCHEMA))
+        data = (prepared / name).read_bytes()
+        shards.append(Shard(name, len(part), len(data), hashlib.sha256(data).hexdigest()))
+    positives = [len(r[2]) for r in rows]
+    return Split(len(rows), sum(positives), max(positives), sum(len(r[1]) for r in rows), 0, shards)
+
+
+def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """``function(world, *arguments)`` on ``ranks`` gloo processes; a failure on any of them fails the test."""
+    mp.spawn(_enter, (ranks, free_port(), function, arguments), nprocs=ranks, join=True)
+
+
+def _enter(rank: int, ranks: int, port: int, function: Callable[..., Any], arguments: tuple) -> None:
+    from haste_dist.world import join_world, leave_world
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
+    function(join_world("cpu"), *arguments)
+    leave_world()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def read_losses(run: str | Path) -> list[float]:
+    """Loss of each step in a run's metrics; of repeated steps the last."""
+    losses = {}
+    for line in (Path(run) / "metrics.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "step":
+            losses[event["step"]] = event["loss"]
+    return [losses[step] for step in sorted(losses)]
+
+
+def haste(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    """The haste command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "haste_launch.cli", *words], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
