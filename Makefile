@@ -35,11 +35,11 @@ demo: $(STAMP)
 	haste train demo
 	haste evaluate runs/demo
 	haste predict runs/demo -k 5 \
-	  --text "high blood pressure with chronic kidney failure" \
-	  --text "inflammation of the right middle ear with pus" \
-	  --text "diabetic with damaged nerves in the feet" \
-	  --text "cancer of the left breast in a woman" \
-	  --text "pneumonia caused by influenza"
+	  --text "Gout due to renal impairment, left hand" \
+	  --text "Low-tension glaucoma, right eye" \
+	  --text "Migraine with aura, not responding to treatment" \
+	  --text "Alcohol dependence with withdrawal and delirium" \
+	  --text "Cataract of the left eye in an old person"
 	haste plot runs/demo
 
 test: $(STAMP)

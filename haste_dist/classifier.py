@@ -121,7 +121,7 @@ class Classifier:
         momentum = torch.zeros_like(weight, dtype=momentum_dtype) if config.momentum else None
         if not config.bias:
             return momentum, None, None
-        bias = torch.full(weight.shape[:-1], config.bias_init, dtype=torch.float32, device=self.device)
+        bias = torch.full(weight.shape[:-1], config.bias_init or 0.0, dtype=torch.float32, device=self.device)
         return momentum, bias, torch.zeros_like(bias) if config.momentum else None
 
     def _sliced(self, x_ND: Tensor, part: Slice) -> Tensor:

@@ -105,8 +105,10 @@ class OutputConfig:
     reduction: str = setting(
         "mean", "over the rows of a batch; published learning rates are mostly for sum (divide by the batch size)", choices=("mean", "sum")
     )
-    bias: bool = setting(False, "a bias a label, in float32")
-    bias_init: float = setting(0.0, "initial bias of every label", low=-30.0, high=30.0)
+    bias: bool = setting(True, "a bias a label, in float32")
+    bias_init: float | None = setting(
+        None, "initial bias of every label; null: the log odds of an average label (squared_hinge: -1)", low=-30.0, high=30.0
+    )
     init_scale: float = setting(1.0, "initial weights are uniform within this / sqrt(inputs of the label)", low=0.0, high=10.0)
     lr: float = setting(0.05, "peak learning rate of SGD, for the chosen reduction", low=0.0)
     momentum: float = setting(0.9, "SGD momentum (0: none is stored)", low=0.0, high=0.9999)
@@ -270,6 +272,8 @@ def _range_text(meta: Any) -> str:
 def _check_ranges(part: str, section: Any) -> None:
     for f in dataclasses.fields(section):
         value, meta = getattr(section, f.name), f.metadata
+        if value is None:
+            continue
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{part}.{f.name}={value}: must be a finite number")
         outside = (meta.get("low") is not None and value < meta["low"]) or (meta.get("high") is not None and value > meta["high"])

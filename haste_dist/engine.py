@@ -7,6 +7,7 @@ The output layer computes the gradient of the embeddings itself, so the encoder'
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ class EncoderEngine:
         self.config, self.world = config, world
         precision = config.precision if config.precision != "auto" else ("bfloat16" if world.device.type == "cuda" else "float32")
         self.dtype = getattr(torch, precision)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every batch shape: milliseconds a call on the host
         self.module = encoder.to(world.device)
         self.width = encoder.width
         self._engine = None
@@ -119,7 +121,7 @@ class EncoderEngine:
             yield name, param, flat, inner.state[flat] if flat.numel() else dict.fromkeys(ADAM_STATE, flat)
 
 
-def _deepspeed_engine(encoder: Encoder, config: EncoderConfig, dtype: torch.dtype, rows: int, accumulation: int):
+def _deepspeed_engine(encoder: Encoder, config: EncoderConfig, dtype: torch.dtype, rows: int, accumulation: int) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", next(encoder.parameters()).device.type)
     import deepspeed
     from deepspeed.utils import logger
@@ -141,7 +143,8 @@ def _deepspeed_engine(encoder: Encoder, config: EncoderConfig, dtype: torch.dtyp
             "train_micro_batch_size_per_gpu": rows,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": config.clip,  # DeepSpeed's own default is 1.0, so it is always set
-            "zero_optimization": {"stage": config.zero},
+            # At stage 0 DeepSpeed would step bfloat16 parameters one by one; stage 1 on its flat float32 copy is the same update.
+            "zero_optimization": {"stage": max(config.zero, int(dtype == torch.bfloat16))},
             "bf16": {"enabled": dtype == torch.bfloat16},
             "steps_per_print": 2**62,
         },

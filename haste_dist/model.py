@@ -1,6 +1,7 @@
 """What training, evaluation and prediction build from a config: the prepared data, the encoder and this rank's label rows."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,20 @@ def make_classifier(config: Config, order: LabelOrder, width: int, world: World)
     """This rank's share of the output layer, with initial weights."""
     shard = label_shard(order.head_rows, order.groups, order.group_size, order.labels, world.size, world.rank)
     return Classifier(config.output, shard, width, config.run.seed, world.device)
+
+
+def prior_bias(config: Config, manifest: Manifest) -> float:
+    """Where biases start: what all labels of an untrained layer should answer, so that its first steps are not spent on saying no.
+
+    Without it the first updates push every label far down, and labels with few texts never come back.
+    """
+    if config.output.bias_init is not None:
+        return config.output.bias_init
+    if config.output.loss == "squared_hinge":
+        return -1.0
+    split = manifest.splits["train"]
+    share = split.positives / (split.rows * manifest.labels)
+    return math.log(share / (1 - share)) if 0 < share < 1 else 0.0
 
 
 def save_encoder_folder(run: Path, encoder: Encoder, config: Config) -> None:

@@ -36,7 +36,7 @@ from haste_dist.manifest import (
 )
 from haste_dist.pipeline import Plan, run
 from haste_dist.shards import finished_shards, is_intact, record_path, shard_name, tokenizer_rules
-from haste_dist.sources import SPLITS, Problem, count_labels, find_source
+from haste_dist.sources import SPLITS, Problem, count_labels, detect_format, find_source
 
 OURS = re.compile(r"\d{5,}\.(arrow|json)|\..*\.part")  # names that prepare gives to files of a split
 REPORT_SECONDS = 5.0  # between progress lines where there is no terminal
@@ -88,8 +88,8 @@ def _check_settings(config: Config) -> None:
     data = config.data
     if not data.prepared:
         raise ConfigError("data.prepared is empty; set it to the folder that the prepared data shall go to")
-    if data.source and Path(data.prepared).resolve() == Path(data.source).resolve():
-        raise ConfigError(f"data.prepared={data.prepared} is data.source as well; choose another folder")
+    if detect_format(Path(data.prepared)):  # its labels.arrow, for one, would be replaced
+        raise ConfigError(f"data.prepared={data.prepared} holds raw texts; choose another folder for the prepared data")
     if data.rows_per_shard * data.max_length >= 2**31:
         raise ConfigError(f"data.rows_per_shard={data.rows_per_shard}: times data.max_length it must stay below 2^31 tokens; lower it")
 
@@ -186,7 +186,9 @@ def _order_labels(config: Config, folder: Path, manifest: Manifest) -> None:
     cohesion = page.get("cohesion")
     close = "" if cohesion is None else f", cohesion {cohesion:.3f} (random groups {page['cohesion_random']:.3f})"
     console.print(
-        f"label order: {page['head_rows']:,} head rows, {page['groups']:,} groups of {page['group_size']}{close}", highlight=False
+        f"label order: {page['head_rows']:,} head rows, {page['groups']:,} groups of {page['group_size']}{close}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -200,12 +202,12 @@ def _print_summary(manifest: Manifest, folder: Path, written: int, seconds: floa
         table.add_row(name, f"{split.rows:,}", *means, f"{split.unlabelled:,}", f"{len(split.shards):,}")
     console.print(table)
     rate = f"{written:,} rows written in {seconds:.1f} s ({written / seconds:,.0f} rows/s)" if written else "up to date, nothing written"
-    console.print(rate, highlight=False)
+    console.print(rate, highlight=False, soft_wrap=True)
     notes = [(manifest.unseen_test_labels, f"test labels ({manifest.unseen_test_positives:,} positives) never seen in training, kept")]
     notes += [(count, f"bad lines left out: {reason} (see {tables.QUARANTINE})") for reason, count in manifest.quarantined.items()]
     for count, note in notes:
         if count:
-            console.print(f"{count:,} {note}", highlight=False)
+            console.print(f"{count:,} {note}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

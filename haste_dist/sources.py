@@ -79,7 +79,9 @@ def find_source(config: DataConfig) -> Source:
     folder = Path(config.source).absolute()  # workers may run elsewhere
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; set data.source to the folder with the raw texts and labels")
-    format = config.format if config.format != "auto" else _detect(folder)
+    format = config.format if config.format != "auto" else detect_format(folder)
+    if format is None:
+        raise DataError(f"{folder}: no training texts; expected trn.json[.gz], train_raw_texts.txt[.gz], train.parquet or train.arrow")
     splits = {}
     for split in SPLITS:
         found = _split_files(folder, format, split)
@@ -96,6 +98,11 @@ def find_source(config: DataConfig) -> Source:
         if file.stat().st_size == 0 and file not in filters.values():
             raise DataError(f"{file}: the file is empty; put the data there or remove it from data.source")
     return source
+
+
+def detect_format(folder: Path) -> str | None:
+    """The layout whose training texts lie in ``folder``, or None."""
+    return next((format for format in ("jsonl", "text", "parquet", "arrow") if any(_split_files(folder, format, "train").values())), None)
 
 
 def read_rows(source: Source, split: str, labels: int | None) -> Iterator[Row | Problem]:
@@ -303,13 +310,6 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             raise Truncated(line, f"the gzip file breaks off or is damaged after line {line} ({error})", path) from None
         except OSError as error:
             raise DataError(f"{path}:{line + 1}: {error.strerror or error}; check data.source") from None
-
-
-def _detect(folder: Path) -> str:
-    for format in ("jsonl", "text", "parquet", "arrow"):
-        if any(_split_files(folder, format, "train").values()):
-            return format
-    raise DataError(f"{folder}: no training texts; expected trn.json[.gz], train_raw_texts.txt[.gz], train.parquet or train.arrow")
 
 
 def _split_files(folder: Path, format: str, split: str) -> dict[str, list[Path]]:

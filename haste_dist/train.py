@@ -4,6 +4,7 @@ The order within a pass is fixed: evaluate, save, stop, step. The loop runs once
 is no special case. A step is one micro-batch; evaluations, checkpoints and stops fall where an encoder update is complete.
 """
 
+import dataclasses
 import math
 import shutil
 import time
@@ -22,7 +23,7 @@ from haste_dist.errors import CheckpointError, HasteError
 from haste_dist.evaluate import evaluate_texts
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE
 from haste_dist.loader import BatchMaker, TrainingBatches, open_texts
-from haste_dist.model import Prepared, make_classifier, make_encoder, open_prepared, save_encoder_folder
+from haste_dist.model import Prepared, make_classifier, make_encoder, open_prepared, prior_bias, save_encoder_folder
 from haste_dist.rewire import rewire
 from haste_dist.runlog import RunLog
 from haste_dist.schedule import due, rewire_fraction, warmup_cosine
@@ -83,6 +84,7 @@ def check_run(config: Config) -> Prepared:
 def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda: False) -> Outcome:
     """Trains until the epochs are over, patience runs out, or ``wants_stop`` turns true on any rank. Every rank calls it."""
     prepared = check_run(config)
+    config = dataclasses.replace(config, output=dataclasses.replace(config.output, bias_init=prior_bias(config, prepared.manifest)))
     run = Path(config.run.folder)
     saved = run / CHECKPOINTS
     texts = open_texts(prepared.folder, prepared.manifest, "train", config.data.dev_fraction, config.run.seed)

@@ -12,7 +12,7 @@ from torch import Tensor
 from haste_kernels.state import Positives
 
 # Bytes that one chunk's temporaries may take. On a CPU a chunk should stay in the cache, between the products that use it.
-CUDA_BYTES = 256 << 20
+CUDA_BYTES = 1 << 30
 CPU_BYTES = 8 << 20
 
 

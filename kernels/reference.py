@@ -89,8 +89,8 @@ def tail_step(x_ND: Tensor, positives: Positives, tail: TailState, args: StepArg
     dx = dz @ w
     rows = tail.first_row + torch.arange(len(w), device=w.device)
     dw = (dz.T @ x).view(groups, size, x.shape[1]).gather(2, tail.index.long()[:, None].expand(-1, size, -1))
-    momentum = None if tail.momentum is None else tail.momentum.flatten(0, 1)
-    sgd(tail.weight.flatten(0, 1), momentum, dw.flatten(0, 1), args, rows, args.weight_decay)
+    momentum = None if tail.momentum is None else tail.momentum.view(-1, tail.weight.shape[2])
+    sgd(tail.weight.view(-1, tail.weight.shape[2]), momentum, dw.flatten(0, 1), args, rows, args.weight_decay)
     if tail.bias is not None:
         bias_momentum = None if tail.bias_momentum is None else tail.bias_momentum.view(-1)
         _sgd_bias(tail.bias.view(-1), bias_momentum, dz.sum(0), args, rows)

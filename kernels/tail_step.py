@@ -2,9 +2,10 @@
 
     z_TGN = W_TGF xg_TFN + b    xg = x_DN[idx_TF]    dz = dloss/dz    dx_DN[idx_TF] += W^T dz    dW = dz xg^T    W, m, b <- SGD
 
-On a CPU (2 cores of a Zen 5 EPYC, torch 2.13, 123,000 labels, D = 384, F = 64, N = 256, float32) this takes 136 ms at G = 16 and
-88 ms at G = 64, of which the three products are 97 and 72 ms. Spreading W into D columns for plain GEMMs would take 380 ms for
-the products alone: F of D features is that much less to multiply, and gather and scatter cost 12 ms each.
+On a CPU (2 cores of a Zen 5 EPYC, torch 2.13, 123,000 labels, D = 384, F = 64, N = 256, float32) this takes 163 ms at G = 16 and
+87 ms at G = 64; the three products are 97 ms of it at G = 16, gather and scatter 12 each. Spreading W into D columns for plain
+GEMMs was the alternative: its products alone take 380 ms, for they multiply D features instead of F.
+
 x is transposed once, so that a gathered feature is one contiguous run of N values. The scale of the loss is applied to dx and
 in the update, not to dz. Every chunk sees its old weights for all N batch rows. Padded rows have no gradient.
 
@@ -51,9 +52,9 @@ def tail_step(x_ND: Tensor, positives: Positives, tail: TailState, args: StepArg
         z_RN[real:] = 0
         dz_TGN = z_TGN.to(dtype)
         dx_DN.index_add_(0, index, bmm(w_TGF.mT, dz_TGN).flatten(0, 1))
-        momentum = None if tail.momentum is None else tail.momentum[start:stop].flatten(0, 1)
+        momentum = None if tail.momentum is None else tail.momentum[start:stop].view(-1, fan_in)
         dw_RF = bmm(dz_TGN, xg_TFN.mT).flatten(0, 1)
-        sgd_(tail.weight[start:stop].flatten(0, 1), momentum, dw_RF, args, tail.first_row + start * size)
+        sgd_(tail.weight[start:stop].view(-1, fan_in), momentum, dw_RF, args, tail.first_row + start * size)
         if tail.bias is not None:
             bias_momentum = None if tail.bias_momentum is None else tail.bias_momentum[start:stop].view(-1)
             sgd_bias_(tail.bias[start:stop].view(-1), bias_momentum, z_RN.sum(1), args)

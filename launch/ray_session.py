@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from haste_dist.config import Config
 from haste_dist.errors import ConfigError
@@ -23,7 +24,7 @@ def ray_session(config: Config) -> Iterator[None]:
     import ray
 
     address = config.launch.address or os.environ.get("RAY_ADDRESS", "")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address:
         try:
             ray.init(address=address, **quiet)

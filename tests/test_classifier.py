@@ -1,6 +1,5 @@
 """The output layer of a rank: sharding changes nothing, slices and dropout reach the right features."""
 
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -34,7 +33,14 @@ def whole(parts: list[Classifier], name: str) -> Tensor:
     return torch.cat([p.tensors()[name][0] for p in parts])
 
 
-@pytest.mark.parametrize("words", [(), ("output.bias=true", "output.loss=squared_hinge", "output.weight_dtype=bfloat16"), ("output.tail_dropout=0.5", "output.head_dropout=0.3")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("output.bias=true", "output.loss=squared_hinge", "output.weight_dtype=bfloat16"),
+        ("output.tail_dropout=0.5", "output.head_dropout=0.3"),
+    ],
+)
 def test_shards_together_are_the_whole_layer(words: tuple[str, ...]) -> None:
     x_ND, rows_NM = batch()
     one, three = classifiers(1, *words), classifiers(3, *words)
@@ -87,12 +93,14 @@ def test_dropout_zeroes_gradient_where_it_zeroed_input_and_keeps_the_mean() -> N
 
 
 def test_momentum_none_holds_no_state() -> None:
-    [layer] = classifiers(1, "output.momentum=0")
+    [layer] = classifiers(1, "output.momentum=0", "output.bias=false")
     assert set(layer.tensors()) == {"head.weight", "tail.weight", "tail.index"}
     assert layer.bytes() == 4 * (HEAD * WIDTH + GROUPS * SIZE * 6) + 2 * GROUPS * 6
 
 
-@pytest.mark.parametrize(("words", "said"), [(("output.fan_in=25",), "fan_in=25 is larger than the 24"), (("output.head_features=[0,32]",), "only 24 features")])
+@pytest.mark.parametrize(
+    ("words", "said"), [(("output.fan_in=25",), "fan_in=25 is larger than the 24"), (("output.head_features=[0,32]",), "only 24 features")]
+)
 def test_settings_that_do_not_fit_the_embedding_are_named(words: tuple[str, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         classifiers(1, *words)
@@ -105,5 +113,3 @@ def test_positives_are_the_pairs_of_the_shard_in_row_order(rows: list[list[int]]
     expected = sorted((row - first, n) for n, labels in enumerate(rows) for row in labels if first <= row < first + count)
     assert sorted(pairs) == expected
     assert [p[0] for p in pairs] == [p[0] for p in expected]
-
-

@@ -207,7 +207,7 @@ def test_fan_in_is_checked_against_the_width() -> None:
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl", "Zp"), exclude_characters="\ufeff"), max_size=40)
 
 
-@settings(max_examples=40)  # two files each
+@settings(max_examples=25)  # two files each
 @given(folder=TEXT.filter(lambda s: "${" not in s and not s.endswith("\\")), start=st.integers(0, 400), lr=st.floats(0, 1))
 def test_what_is_saved_or_printed_reads_back_the_same(tmp_path_factory: pytest.TempPathFactory, folder: str, start: int, lr: float) -> None:
     assume(folder != "???")

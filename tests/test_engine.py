@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_prepared, run_ranks
 from torch import Tensor
 
 from haste_dist.config import Config
 from haste_dist.errors import CheckpointError
 from haste_dist.world import World
-from tiny import make_prepared, run_ranks
 
 ROWS = 13  # of a global batch: no number of ranks divides it
 BETA1 = 0.9
@@ -163,4 +163,3 @@ def test_a_frozen_encoder_has_no_optimizer_and_does_not_move(tmp_path: Path) -> 
     fresh = dict(make_encoder(config, open_prepared(config).manifest).named_parameters())
     assert all(torch.equal(weights[k], fresh[k]) for k in fresh)
     assert classifier.tail.momentum.abs().sum() > 0
-

@@ -238,3 +238,11 @@ def test_padding_in_an_inner_group_is_refused():
     tail = make_tail(3, 4, 2, 6, 0, torch.float32, None, False)
     with pytest.raises(ValueError, match="only the last"):
         tail_step(torch.randn(2, 6), make_positives(2, 4, 0.5), replace(tail, rows=8), StepArgs(0.1, 1.0))
+
+
+def test_state_that_cannot_be_updated_in_place_is_refused():
+    """A weight that is not contiguous would be copied, and the update lost: better an error."""
+    tail = make_tail(3, 4, 2, 6, 0, torch.float32, None, False)
+    tail.weight = tail.weight.transpose(0, 1).contiguous().transpose(0, 1)
+    with pytest.raises(RuntimeError, match="view"):
+        tail_step(torch.randn(2, 6), make_positives(2, 4, 0.5), tail, StepArgs(0.1, 1.0))

@@ -286,8 +286,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_settings_that_cannot_be_used(tmp_path: Path, configure: Configure) -> None:
     with pytest.raises(ConfigError, match=r"data.prepared is empty"):
         prepare(configure("data.prepared="))
-    with pytest.raises(ConfigError, match=r"is data.source as well"):
-        prepare(configure(f"data.prepared={tmp_path}/x/../source"))
+    write_source(tmp_path / "raw", "arrow", TRAIN, TEST, LABELS)
+    before = contents(tmp_path / "raw")
+    with pytest.raises(ConfigError, match=r"raw holds raw texts; choose another folder"):
+        prepare(configure(f"data.prepared={tmp_path}/raw"))
+    assert contents(tmp_path / "raw") == before
     with pytest.raises(ConfigError, match=r"data.rows_per_shard=\d+: times data.max_length it must stay below 2\^31"):
         prepare(configure("data.rows_per_shard=16777216", "data.max_length=128"))
     with pytest.raises(DataError, match=r"source: no such folder"):

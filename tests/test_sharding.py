@@ -1,5 +1,7 @@
 """Partition arithmetic: everything is owned once, in order, and nearly evenly."""
 
+import itertools
+
 import hypothesis.strategies as st
 from hypothesis import given
 
@@ -13,7 +15,7 @@ def test_spans_tile_the_range_evenly(count: int, parts: int) -> None:
     spans = [span(count, parts, p) for p in range(parts)]
     assert spans[0][0] == 0
     assert spans[-1][1] == count
-    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
     sizes = [stop - start for start, stop in spans]
     assert max(sizes) - min(sizes) <= 1
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import make_prepared, make_tokenizer, read_losses, run_ranks
 from torch import Tensor
 
 from haste_dist.collectives import StopVote
@@ -18,7 +19,6 @@ from haste_dist.label_groups import load_label_order
 from haste_dist.runlog import read_events
 from haste_dist.train import check_run, train
 from haste_dist.world import World, join_world
-from tiny import make_prepared, make_tokenizer, read_losses, run_ranks
 
 STEPS = 30
 
@@ -47,7 +47,9 @@ def test_one_two_and_four_ranks_train_the_same_model(tmp_path: Path) -> None:
     """Float32, with rewirings, a label count that divides by nothing, texts that do not fill the last batch."""
     words = [f"train.max_steps={STEPS}", "output.bias=true", "output.tail_dropout=0.2", "encoder.zero=1"]
     prime = make_prepared(tmp_path / "prime", labels=101, texts=187, overrides=words)
-    even = make_prepared(tmp_path / "even", labels=160, texts=192, overrides=[*words, "rewire.prune=global", "output.loss=squared_hinge", "output.lr=0.05"])
+    even = make_prepared(
+        tmp_path / "even", labels=160, texts=192, overrides=[*words, "rewire.prune=global", "output.loss=squared_hinge", "output.lr=0.05"]
+    )
     runs: dict[int, list[Config]] = {}
     for ranks in (1, 2, 4):
         runs[ranks] = copy.deepcopy([prime, even])
@@ -68,7 +70,9 @@ def test_one_two_and_four_ranks_train_the_same_model(tmp_path: Path) -> None:
         for ranks in (2, 4):
             other = runs[ranks][which].run.folder
             np.testing.assert_allclose(read_losses(other), losses, rtol=1e-5)
-            assert [(e["step"], e["replaced"]) for e in read_events(other) if e["event"] == "rewire"] == [(e["step"], e["replaced"]) for e in rewired]
+            assert [(e["step"], e["replaced"]) for e in read_events(other) if e["event"] == "rewire"] == [
+                (e["step"], e["replaced"]) for e in rewired
+            ]
             got = final_tensors(other)
             assert set(got) == set(expected)
             for name, tensor in expected.items():

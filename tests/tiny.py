@@ -20,7 +20,17 @@ from transformers import PreTrainedTokenizerFast
 from haste_dist.config import Config, load_config
 from haste_dist.encoder import load_tokenizer, tokenizer_fingerprint
 from haste_dist.label_groups import make_label_order
-from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, SHARD_SCHEMA, Manifest, Shard, Split, TokenizerRecord, write_arrow, write_manifest
+from haste_dist.manifest import (
+    LABEL_SCHEMA,
+    LABEL_TEXTS,
+    SHARD_SCHEMA,
+    Manifest,
+    Shard,
+    Split,
+    TokenizerRecord,
+    write_arrow,
+    write_manifest,
+)
 
 WORDS = 200
 
@@ -75,7 +85,9 @@ def make_prepared(folder: Path, labels: int = 101, texts: int = 192, seed: int =
         rows = []
         for i in range(count):
             chosen = np.unique((labels * rng.random(rng.integers(1, 4)) ** 2).astype(int))
-            tokens = [int(2 + (7 * label + j) % WORDS) for label in chosen for j in range(2)] + list(rng.integers(2, WORDS, rng.integers(0, 4)))
+            tokens = [int(2 + (7 * label + j) % WORDS) for label in chosen for j in range(2)] + list(
+                rng.integers(2, WORDS, rng.integers(0, 4))
+            )
             rows.append((f"{split}{i}", [int(t) for t in tokens], [int(c) for c in chosen]))
         if split == "train":
             np.add.at(frequency, np.concatenate([r[2] for r in rows]), 1)

@@ -1,0 +1,180 @@
+"""Starting ranks: Ray and torchrun run the same loop, Ctrl-C saves and leaves nobody behind, a rank's error is one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import haste, make_prepared, read_losses
+
+from haste_dist.config import Config, save_config
+from haste_dist.errors import ConfigError, HasteError
+from haste_dist.runlog import read_events
+from haste_launch.ray_train import absolute_paths, config_from_dict, count_ranks, stop_reader, stop_signals, user_error
+
+SECONDS = 120
+
+
+def wait_for(condition: object, seconds: float = SECONDS) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.2)
+
+
+def alive_with(mark: str) -> list[int]:
+    """Processes, not zombies, that inherited HASTE_TEST_MARK=mark."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (entry / "environ").read_bytes() and "\nState:\tZ" not in (entry / "status").read_text():
+                found.append(int(entry.name))
+        except OSError:  # it ended, or is another user's
+            continue
+    return found
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    config = make_prepared(tmp_path, overrides=["launch.ranks=2", "train.max_steps=12"])
+    save_config(config, tmp_path / "c.yaml")
+    return config
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_exits_130_and_leaves_no_process(config: Config, tmp_path: Path) -> None:
+    mark = f"mark-{uuid.uuid4()}"
+    words = ["train", str(tmp_path / "c.yaml"), "train.max_steps=0", "train.epochs=10000", "train.evaluate_every=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "haste_launch.cli", *words],
+        env={**os.environ, "HASTE_TEST_MARK": mark},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    run = Path(config.run.folder)
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(read_losses(run)) > 20)
+    assert len(alive_with(mark)) > 3  # the command, Ray's servers, two ranks
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: everyone in the group gets it
+    _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 130
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("haste: interrupted: training stopped, everything is saved in ")
+    assert "Traceback" not in said
+    end = read_events(run)[-1]
+    assert (end["event"], end["reason"]) == ("end", "stopped")
+    assert (run / "checkpoints" / f"step-{end['step']:08d}" / "state.json").is_file()
+    wait_for(lambda: not alive_with(mark), 20)
+
+
+@pytest.mark.slow
+def test_ray_and_torchrun_run_the_same_loop(config: Config, tmp_path: Path) -> None:
+    by_ray = haste("train", str(tmp_path / "c.yaml"), f"run.folder={tmp_path}/ray")
+    assert by_ray.returncode == 0, by_ray.stderr
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=0",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+    ]
+    words = ["-m", "haste_launch.torchrun", str(tmp_path / "c.yaml"), f"run.folder={tmp_path}/torchrun"]
+    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(read_losses(tmp_path / "ray")) == 12
+    np.testing.assert_allclose(read_losses(tmp_path / "ray"), read_losses(tmp_path / "torchrun"), rtol=1e-6)
+    assert {e["ranks"] for e in read_events(tmp_path / "torchrun") if e["event"] == "start"} == {2}
+    # Two ranks score what one scores.
+    scored = haste("evaluate", str(tmp_path / "ray"), "--checkpoint", "last")
+    assert scored.returncode == 0, scored.stderr
+    assert "precision" in scored.stdout
+    assert (tmp_path / "ray" / "evaluate-test.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_error_of_a_rank_is_one_line(config: Config, tmp_path: Path) -> None:
+    done = haste("train", str(tmp_path / "c.yaml"), "output.lr=1e30")
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("haste: error: ")]
+    assert len(lines) == 1
+    assert "the loss became" in lines[0]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "resources", "expected"),
+    [
+        ({}, {"CPU": 2}, (1, False)),
+        ({}, {"CPU": 8, "GPU": 4}, (4, True)),
+        ({"ranks": 2}, {"CPU": 8, "GPU": 4}, (2, True)),
+        ({"ranks": 3, "device": "cpu"}, {"CPU": 2, "GPU": 4}, (3, False)),
+    ],
+)
+def test_ranks_follow_the_cluster(words: dict, resources: dict, expected: tuple) -> None:
+    config = Config()
+    for name, value in words.items():
+        setattr(config.launch, name, value)
+    assert count_ranks(config, resources) == expected
+
+
+@pytest.mark.parametrize(("words", "said"), [({"device": "cuda"}, "has no GPU"), ({"ranks": 9}, "has 4 GPUs")])
+def test_more_than_the_cluster_has_is_refused(words: dict, said: str) -> None:
+    config = Config()
+    for name, value in words.items():
+        setattr(config.launch, name, value)
+    with pytest.raises(ConfigError, match=said):
+        count_ranks(config, {"CPU": 8} if "device" in words else {"GPU": 4})
+
+
+def test_a_config_crosses_to_the_ranks_whole(config: Config) -> None:
+    import dataclasses
+
+    assert config_from_dict(dataclasses.asdict(config)) == config
+
+
+def test_paths_are_made_absolute_and_names_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    config = Config()
+    config.data.prepared, config.run.folder, config.encoder.name, config.encoder.tokenizer = "prepared", "run", "model", "bert-base-uncased"
+    resolved = absolute_paths(config)
+    assert resolved.data.prepared == str(tmp_path / "prepared")
+    assert resolved.encoder.name == str(tmp_path / "model")
+    assert resolved.encoder.tokenizer == "bert-base-uncased"
+
+
+def test_the_first_signal_asks_and_the_second_interrupts(tmp_path: Path) -> None:
+    stop = tmp_path / "stop"
+    wants_stop = stop_reader(stop)
+    assert not wants_stop()
+    before = signal.getsignal(signal.SIGINT)
+    with stop_signals(stop) as received:
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        assert stop.exists()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    time.sleep(0.3)
+    assert wants_stop()
+
+
+def test_only_a_users_error_loses_its_traceback() -> None:
+    assert user_error(WorkersFailed({1: ValueError("a bug")})) is None
+    assert str(user_error(WorkersFailed({0: HasteError("gone")}))) == "gone"
+
+
+class WorkersFailed(Exception):
+    """Shaped like Ray's error."""
+
+    def __init__(self, failures: dict[int, Exception]):
+        super().__init__()
+        self.worker_failures = failures
