@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="score a trained run", description="Score a trained run and print its metrics.")
     _add_run(evaluate)
+    evaluate.add_argument("--predictions", metavar="FILE", help="also write ranked and true labels of every text as .parquet")
 
     predict = commands.add_parser("predict", help="rank labels for new texts", description="Rank labels for new texts with a trained run.")
     _add_run(predict)

@@ -46,9 +46,14 @@ def train(args: Namespace) -> int:
 def evaluate(args: Namespace) -> int:
     settings = run_config(args.run, args.overrides)
     from haste_dist.evaluate import print_metrics
+    from haste_dist.predict import check_output
     from haste_launch.ray_train import evaluate as evaluate_ranks
 
-    status = evaluate_ranks(settings, args.checkpoint)
+    if args.predictions:
+        check_output(args.predictions)
+        if not args.predictions.endswith(".parquet"):
+            raise ConfigError(f"{args.predictions}: an evaluation's predictions are written as .parquet")
+    status = evaluate_ranks(settings, args.checkpoint, args.predictions)
     file = Path(args.run) / f"evaluate-{settings.evaluate.split}.json"
     page = json.loads(file.read_text(encoding="utf-8"))
     print_metrics(page["metrics"], page["most_frequent_labels"])

@@ -37,11 +37,17 @@ def train(config: Config) -> int:
     return 0
 
 
-def evaluate(config: Config, checkpoint: str) -> int:
-    """Scores a checkpoint on all ranks, which write evaluate-<split>.json; returns the exit status."""
+def evaluate(config: Config, checkpoint: str, predictions: str | None = None) -> int:
+    """Scores a checkpoint on all ranks, which write evaluate-<split>.json; returns the exit status.
+
+    ``predictions``: a Parquet file to write with the ranked labels of every text; then one rank does it all.
+    """
     config = absolute_paths(config)
+    if predictions is not None:
+        config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, ranks=1))
+        predictions = os.path.abspath(predictions)
     with ray_session(config):
-        asked_by = run_ranks(config, "evaluate", {"checkpoint": checkpoint})
+        asked_by = run_ranks(config, "evaluate", {"checkpoint": checkpoint, "predictions": predictions})
     if asked_by == signal.SIGINT:
         raise Interrupted("evaluation stopped")
     return 0
@@ -110,9 +116,11 @@ def rank_main(payload: dict[str, Any]) -> None:
 
         train_rank(config, world, stop_reader(Path(config.run.folder) / STOP_FILE))
     else:
+        from haste_dist.predict import scored_file
         from haste_dist.scoring import evaluate_run
 
-        evaluate_run(config, world, payload["checkpoint"])
+        with scored_file(payload["predictions"]) if payload["predictions"] else contextlib.nullcontext() as keep:
+            evaluate_run(config, world, payload["checkpoint"], keep)
 
 
 def count_ranks(config: Config, resources: dict[str, float]) -> tuple[int, bool]:

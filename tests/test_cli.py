@@ -212,8 +212,8 @@ def test_evaluate_prints_what_the_ranks_wrote(tmp_path: Path, monkeypatch: pytes
     save_config(Config(), tmp_path / "config.yaml")
     scores = {"P@1": 0.5, "P@3": 0.3, "P@5": 0.2, "rows": 10}
 
-    def evaluate(config: Config, checkpoint: str) -> int:
-        assert checkpoint == "last"
+    def evaluate(config: Config, checkpoint: str, predictions: str | None) -> int:
+        assert (checkpoint, predictions) == ("last", None)
         page = {"metrics": scores, "most_frequent_labels": {"P@1": 0.05}}
         (Path(config.run.folder) / "evaluate-dev.json").write_text(json.dumps(page))
         return 0
@@ -224,6 +224,8 @@ def test_evaluate_prints_what_the_ranks_wrote(tmp_path: Path, monkeypatch: pytes
     assert "50.00" in printed
     assert "10.0 times" in printed
     assert "evaluate-dev.json" in printed
+    assert cli.main(["evaluate", str(tmp_path), "--predictions", str(tmp_path / "p.jsonl")]) == 2
+    assert "are written as .parquet" in capsys.readouterr().err
 
 
 def test_datasets_build_says_where_and_how_large(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from tiny import haste, make_prepared, read_losses
 
@@ -92,9 +93,9 @@ def test_ray_and_torchrun_run_the_same_loop(config: Config, tmp_path: Path) -> N
     assert len(read_losses(tmp_path / "ray")) == 12
     np.testing.assert_allclose(read_losses(tmp_path / "ray"), read_losses(tmp_path / "torchrun"), rtol=1e-6)
     assert {e["ranks"] for e in read_events(tmp_path / "torchrun") if e["event"] == "start"} == {2}
-    # Two ranks score what one scores.
-    scored = haste("evaluate", str(tmp_path / "ray"), "--checkpoint", "last")
+    scored = haste("evaluate", str(tmp_path / "ray"), "--checkpoint", "last", "--predictions", str(tmp_path / "p.parquet"))
     assert scored.returncode == 0, scored.stderr
+    assert pq.read_table(tmp_path / "p.parquet").num_rows == 48
     assert "precision" in scored.stdout
     assert (tmp_path / "ray" / "evaluate-test.json").is_file()
 
