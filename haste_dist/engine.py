@@ -99,7 +99,7 @@ class EncoderEngine:
         for name, param, flat, state in self._parameters():
             _copy_part(param, flat, weights[name])
             if count > 0:
-                state["step"] = count.clone()
+                state["step"] = count.clone().to(flat.device)  # where fused AdamW wants it
                 for key in ADAM_STATE:
                     if key not in state:
                         state[key] = torch.zeros_like(flat)

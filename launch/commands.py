@@ -70,6 +70,7 @@ def predict(args: Namespace) -> int:
     batches = read_inputs(args.input) if args.input else iter([[Input(text) for text in args.text]])
     first = next(batches)  # a bad file fails before the model loads
     from haste_dist.predictor import Predictor
+    from haste_dist.world import leave_world
 
     predictor = Predictor(args.run, args.checkpoint, settings.launch.device)
     predictions = predict_all(predictor.predict, chain([first], batches), label_names(Path(args.run), predictor.order), args.k)
@@ -77,6 +78,7 @@ def predict(args: Namespace) -> int:
         print(f"{args.output}: {write_predictions(predictions, args.output):,} texts")
     else:
         print_predictions(predictions)
+    leave_world()
     return 0
 
 

@@ -22,6 +22,7 @@ from haste_launch.ray_session import ray_session
 
 STOP_FILE = ".stop"
 POLL_SECONDS = 0.25
+ECHO_SECONDS = 1.0  # a signal may come twice at once: to the process, and to its group
 
 
 def train(config: Config) -> int:
@@ -160,14 +161,18 @@ def stop_reader(path: Path) -> Callable[[], bool]:
 
 @contextlib.contextmanager
 def stop_signals(stop: Path) -> Iterator[list[int]]:
-    """While it lasts, the first SIGINT or SIGTERM makes the file ``stop``, a second one interrupts. Yields those received."""
+    """While it lasts, the first SIGINT or SIGTERM makes the file ``stop``, a later one interrupts. Yields those received."""
     received: list[int] = []
+    first = 0.0
 
     def handle(number: int, _frame: object) -> None:
-        if received:
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+            received.append(number)
+            stop.touch()
+        elif time.monotonic() - first > ECHO_SECONDS:
             raise KeyboardInterrupt
-        received.append(number)
-        stop.touch()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -16,7 +16,7 @@ from tiny import haste, make_prepared, read_losses
 from haste_dist.config import Config, save_config
 from haste_dist.errors import ConfigError, HasteError
 from haste_dist.runlog import read_events
-from haste_launch.ray_train import absolute_paths, config_from_dict, count_ranks, stop_reader, stop_signals, user_error
+from haste_launch.ray_train import ECHO_SECONDS, absolute_paths, config_from_dict, count_ranks, stop_reader, stop_signals, user_error
 
 SECONDS = 120
 
@@ -159,8 +159,10 @@ def test_the_first_signal_asks_and_the_second_interrupts(tmp_path: Path) -> None
     before = signal.getsignal(signal.SIGINT)
     with stop_signals(stop) as received:
         signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # the echo of a sender that signals the group as well
         assert received == [signal.SIGTERM]
         assert stop.exists()
+        time.sleep(ECHO_SECONDS)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
