@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from haste_dist.config import OutputConfig, check_fan_in
+from haste_dist.errors import ConfigError
 from haste_dist.sharding import LabelShard
 from haste_kernels import HeadState, Positives, StepArgs, TailState, head_step, random_features, tail_step, topk, uniform
 
@@ -36,8 +37,8 @@ class Classifier:
     def __init__(self, config: OutputConfig, shard: LabelShard, width: int, seed: int, device: torch.device):
         """``width``: D of the encoder. Initial values are keyed by global row, so that they do not depend on the sharding."""
         self.config, self.shard, self.seed, self.device = config, shard, seed, device
-        self.head_slice = Slice(*(config.head_features or (0, width)))
-        self.tail_slice = Slice(*(config.tail_features or (0, width)))
+        self.head_slice = feature_slice(config.head_features, width)
+        self.tail_slice = feature_slice(config.tail_features, width)
         for name, part in (("head_features", self.head_slice), ("tail_features", self.tail_slice)):
             check_slice(name, part, width)
         check_fan_in(config.fan_in, self.tail_slice.width)
@@ -140,10 +141,13 @@ class Classifier:
         dx_ND[:, part.start : part.stop] += dx if mask is None else dx * mask
 
 
+def feature_slice(span: list[int], width: int) -> Slice:
+    """The configured [start, end), or all ``width`` features where it is empty."""
+    return Slice(*(span or (0, width)))
+
+
 def check_slice(name: str, part: Slice, width: int) -> None:
     """A slice must lie inside the embedding. Raises ConfigError."""
-    from haste_dist.errors import ConfigError
-
     if part.stop > width:
         raise ConfigError(f"output.{name}=[{part.start}, {part.stop}]: the embedding has only {width} features")
 

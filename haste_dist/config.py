@@ -103,7 +103,9 @@ class OutputConfig:
     tail_dropout: float = setting(0.0, "dropout on the tail's input", low=0.0, high=0.95)
     loss: str = setting("bce", "loss over all labels", choices=("bce", "squared_hinge"))
     reduction: str = setting(
-        "mean", "over the rows of a batch; published learning rates are mostly for sum (divide by the batch size)", choices=("mean", "sum")
+        "sum",
+        "of the loss over the rows of a batch; published learning rates are for sum (multiply by the batch size for mean)",
+        choices=("sum", "mean"),
     )
     bias: bool = setting(True, "a bias a label, in float32")
     bias_init: float | None = setting(

@@ -25,7 +25,7 @@ from haste_dist.classifier import Classifier
 from haste_dist.collectives import sum_over_ranks
 from haste_dist.config import Config
 from haste_dist.engine import EncoderEngine
-from haste_dist.loader import Batch, BatchMaker, open_texts, scoring_batches
+from haste_dist.loader import Batch, BatchMaker, RaggedColumn, open_texts, scoring_batches
 from haste_dist.manifest import FILTER_SCHEMA, LABEL_SCHEMA, LABEL_TEXTS, open_split, read_arrow, replacing
 from haste_dist.metrics import FREQUENCY_BINS, KS, RECALL_KS, FrequencyRecall, Metrics, Propensity, Ragged, match
 from haste_dist.model import Prepared
@@ -62,19 +62,14 @@ class TrueLabels:
 
     def __init__(self, table: pa.Table) -> None:
         """``table`` as from ``open_split``."""
-        chunks = [chunk for chunk in table.column("labels").chunks if len(chunk)]
-        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
-        self._values = [chunk.values.to_numpy() for chunk in chunks]
-        self._starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+        self._column = RaggedColumn(table.column("labels"))
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._column)
 
     def of(self, positions: NDArray[np.int64]) -> Ragged:
         """Labels of the texts at ``positions`` (n,)."""
-        chunk = np.searchsorted(self._starts, positions, side="right") - 1
-        at = positions - self._starts[chunk]
-        return Ragged.of([self._values[c][self._offsets[c][i] : self._offsets[c][i + 1]] for c, i in zip(chunk, at, strict=True)])
+        return Ragged.of([self._column[int(row)] for row in positions])
 
 
 class Filters:

@@ -37,8 +37,8 @@ class Texts:
 
     def __init__(self, table: pa.Table, positions: np.ndarray | None = None):
         """``positions``: rows of ``table`` that belong here, ascending; None for all."""
-        self._ids = _RaggedColumn(table.column("input_ids"))
-        self._labels = _RaggedColumn(table.column("labels"))
+        self._ids = RaggedColumn(table.column("input_ids"))
+        self._labels = RaggedColumn(table.column("labels"))
         self.positions = np.arange(table.num_rows) if positions is None else positions
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class Texts:
         return self._labels[self.positions[row]]
 
 
-class _RaggedColumn:
+class RaggedColumn:
     """A list<int32> column as numpy views on the mapped files."""
 
     def __init__(self, column: pa.ChunkedArray):
@@ -70,7 +70,11 @@ class _RaggedColumn:
         offsets = self._offsets[chunk]
         return self._values[chunk][offsets[at] : offsets[at + 1]]
 
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
     def lengths(self) -> np.ndarray:
+        """(rows,) int64."""
         return np.concatenate([np.diff(o) for o in self._offsets] or [np.zeros(0)]).astype(np.int64)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from haste_dist.classifier import Classifier
-from haste_dist.config import Config, EncoderConfig
-from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, tokenizer_fingerprint
+from haste_dist.classifier import Classifier, check_slice, feature_slice
+from haste_dist.config import Config, EncoderConfig, check_fan_in
+from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, model_config, tokenizer_fingerprint
 from haste_dist.engine import EncoderEngine
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.label_groups import LabelOrder, head_size, load_label_order
@@ -53,6 +53,15 @@ def open_prepared(config: Config) -> Prepared:
             f"groups of {wanted[0]} and {wanted[1]} head rows; run haste prepare again with it"
         )
     return Prepared(folder, manifest, order)
+
+
+def check_features(config: Config, manifest: Manifest) -> None:
+    """The slices and the fan-in must fit the encoder's width; reads its configuration, not its weights. Raises ConfigError."""
+    tokenizer = manifest.tokenizer
+    width = model_config(config.encoder, tokenizer.vocab_size, tokenizer.pad_id, config.data.max_length).hidden_size
+    for name in ("head_features", "tail_features"):
+        check_slice(name, feature_slice(getattr(config.output, name), width), width)
+    check_fan_in(config.output.fan_in, feature_slice(config.output.tail_features, width).width)
 
 
 def make_encoder(config: Config, manifest: Manifest, pretrained: bool = True) -> Encoder:

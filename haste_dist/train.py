@@ -23,7 +23,7 @@ from haste_dist.errors import CheckpointError, HasteError
 from haste_dist.evaluate import evaluate_texts
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE
 from haste_dist.loader import BatchMaker, TrainingBatches, open_texts
-from haste_dist.model import Prepared, make_classifier, make_encoder, open_prepared, prior_bias, save_encoder_folder
+from haste_dist.model import Prepared, check_features, make_classifier, make_encoder, open_prepared, prior_bias, save_encoder_folder
 from haste_dist.rewire import rewire
 from haste_dist.runlog import RunLog
 from haste_dist.schedule import due, rewire_fraction, warmup_cosine
@@ -70,6 +70,7 @@ def plan_steps(config: Config, per_epoch: int) -> Plan:
 def check_run(config: Config) -> Prepared:
     """All that can be checked before ranks start. Raises HasteError."""
     prepared = open_prepared(config)
+    check_features(config, prepared.manifest)
     folder = Path(config.run.folder) / CHECKPOINTS
     found = checkpoint.newest(folder)
     if config.run.resume == "must" and found is None:

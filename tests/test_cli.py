@@ -156,7 +156,8 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def test_ctrl_c_is_one_line_and_130() -> None:
     program = (
-        "import sys, time\nfrom haste_launch import cli, commands\n"
+        "import signal, sys, time\nfrom haste_launch import cli, commands\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit it ignored
         "def wait(args):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "commands.plot = wait\nsys.exit(cli.main(['plot', 'run']))\n"
     )

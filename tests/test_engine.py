@@ -58,18 +58,20 @@ def dense_masked_gradient(config: Config, lr_output: float) -> dict[str, Tensor]
     index_RF = layer.tail.index.long().repeat_interleave(size, 0)
     weight_RD[head:].scatter_(1, index_RF, layer.tail.weight.reshape(groups * size, -1))
     mask_RD = (weight_RD != 0).float()
+    bias_R = torch.cat([layer.head.bias, layer.tail.bias.view(-1)])
     labels = prepared.order.labels
     for batch in batches_of(config, world, config.train.accumulation):
         x_ND = encoder(batch.input_ids, batch.attention_mask)
-        weight = weight_RD.detach().requires_grad_()
+        weight, bias = weight_RD.detach().requires_grad_(), bias_R.detach().requires_grad_()
         target = torch.zeros(ROWS, labels)
         n, column = (batch.label_rows >= 0).nonzero(as_tuple=True)
         target[n, batch.label_rows[n, column]] = 1
-        logits = (x_ND @ weight.T)[:, :labels]
+        logits = (x_ND @ weight.T + bias)[:, :labels]
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / ROWS
         (loss / config.train.accumulation).backward()
         # The layer steps at each micro-batch, on its own gradient (no momentum or decay in this test).
-        weight_RD = weight_RD - lr_output * config.train.accumulation * weight.grad * mask_RD
+        lr = lr_output * config.train.accumulation
+        weight_RD, bias_R = weight_RD - lr * weight.grad * mask_RD, bias_R - lr * bias.grad
     return {name: p.grad for name, p in encoder.named_parameters()}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from haste_dist.collectives import StopVote
 from haste_dist.config import Config
-from haste_dist.errors import CheckpointError, DataError, HasteError
+from haste_dist.errors import CheckpointError, ConfigError, DataError, HasteError
 from haste_dist.label_groups import load_label_order
 from haste_dist.runlog import read_events
 from haste_dist.train import check_run, train
@@ -147,6 +147,8 @@ def test_an_infinite_loss_stops_the_run_with_its_step(tmp_path: Path) -> None:
     [
         ({"run.resume": "must"}, CheckpointError, "no checkpoint to resume from"),
         ({"data.max_length": 32}, DataError, "texts were cut to 16 tokens"),
+        ({"output.fan_in": 64}, ConfigError, "fan_in=64 is larger than the 32 features"),
+        ({"output.tail_features": [16, 48]}, ConfigError, "the embedding has only 32 features"),
         ({"output.group_size": 32}, HasteError, "groups of 16 and 16 head rows"),
         ({"data.prepared": "nowhere"}, DataError, "run haste prepare"),
     ],

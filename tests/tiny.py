@@ -66,6 +66,7 @@ def make_prepared(folder: Path, labels: int = 101, texts: int = 192, seed: int =
             "output.group_size=16",
             "output.fan_in=8",
             "output.lr=2.0",
+            "output.reduction=mean",
             "rewire.interval=7",
             "train.batch_size=16",
             "train.epochs=3",
