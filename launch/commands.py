@@ -67,6 +67,8 @@ def predict(args: Namespace) -> int:
 
     if args.output:
         check_output(args.output, args.input)
+    if args.text and not all(text.strip() for text in args.text):
+        raise ConfigError("--text: a text is empty; give it some words")
     batches = read_inputs(args.input) if args.input else iter([[Input(text) for text in args.text]])
     first = next(batches)  # a bad file fails before the model loads
     from haste_dist.predictor import Predictor

@@ -1,12 +1,15 @@
 """The output layer of a rank: sharding changes nothing, slices and dropout reach the right features."""
 
+import copy
+import dataclasses
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
 
-from haste_dist.classifier import Classifier, select_positives
+from haste_dist.classifier import HEAD_DROPOUT, TAIL_DROPOUT, Classifier, select_positives
 from haste_dist.config import load_config
 from haste_dist.errors import ConfigError
 from haste_dist.sharding import label_shard
@@ -90,6 +93,19 @@ def test_dropout_zeroes_gradient_where_it_zeroed_input_and_keeps_the_mean() -> N
     assert dropped.mean() == pytest.approx(1, abs=0.02)
     assert set(mask.unique().tolist()) == {0.0, 2.0}
     assert not torch.equal(mask, layer._masked(x, layer.tail_slice, 0.5, 4, 12)[1])
+
+
+def test_the_gradient_passes_the_mask_that_the_input_passed() -> None:
+    [dropping], [plain] = classifiers(1, "output.tail_dropout=0.5", "output.head_dropout=0.5"), classifiers(1)
+    x_ND, rows_NM = batch()
+    masks = [dropping._masked(x_ND, dropping.tail_slice, 0.5, 3, stream)[1] for stream in (HEAD_DROPOUT, TAIL_DROPOUT)]
+    dx, _ = dropping.step(x_ND, rows_NM, 0.0, 3)
+    expected = torch.zeros_like(dx)
+    for mask, other in zip(masks, ("tail", "head"), strict=True):  # the plain layer without its other part
+        part = copy.deepcopy(plain)
+        setattr(part, other, dataclasses.replace(getattr(part, other), weight=getattr(part, other).weight[:0]))
+        expected += part.step(x_ND * mask, rows_NM, 0.0, 3)[0] * mask
+    torch.testing.assert_close(dx, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_momentum_none_holds_no_state() -> None:

@@ -171,6 +171,12 @@ def test_ctrl_c_is_one_line_and_130() -> None:
         assert process.stderr.read() == "haste: interrupted\n"
 
 
+def test_an_empty_text_is_refused_before_the_model_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_config(Config(), tmp_path / "config.yaml")
+    assert cli.main(["predict", str(tmp_path), "--text", "words", "--text", " "]) == 2
+    assert "a text is empty" in capsys.readouterr().err
+
+
 def test_a_run_is_read_with_its_own_page_and_from_where_it_lies_now(tmp_path: Path) -> None:
     config = Config()
     config.run.folder = "where/it/was/trained"
