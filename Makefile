@@ -54,7 +54,7 @@ format: $(STAMP)
 	ruff format
 
 # DS_BUILD_OPS=0: DeepSpeed comes as source; building its operators ahead would need a compiler and torch inside pip's build.
-# It builds those it needs at first use. Everything is installed at once, so the constraints hold for every dependency.
+# Training needs none of them. Everything is installed at once, so the constraints hold for every dependency.
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@python=$$(
 	  for name in $(PYTHON) python3.11 python3.12 python3.13 python3.14 python3; do
