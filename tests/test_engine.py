@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_prepared, run_ranks
+from tiny import check_restored_engine, make_prepared, run_ranks
 from torch import Tensor
 
 from haste_dist.config import Config
@@ -151,6 +151,13 @@ def test_state_moves_between_stages_and_numbers_of_ranks(tmp_path: Path) -> None
     both = _read(path)
     weights = {k[2:]: v for k, v in both.items() if k.startswith("w.")}
     check_load(join_world("cpu"), config, weights, {k[2:]: v for k, v in both.items() if k.startswith("m.")})
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_restored_engine_takes_the_same_next_step(tmp_path: Path, precision: str) -> None:
+    from haste_dist.world import join_world
+
+    check_restored_engine(make_prepared(tmp_path, overrides=[f"encoder.precision={precision}"]), join_world("cpu"))
 
 
 def test_a_frozen_encoder_has_no_optimizer_and_does_not_move(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from haste_dist.manifest import (
     write_arrow,
     write_manifest,
 )
+from haste_dist.world import World
 
 WORDS = 200
 
@@ -133,6 +134,36 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def check_restored_engine(config: Config, world: World) -> None:
+    """Steps an engine, restores its state into another one, and holds the next update of both against each other."""
+    from haste_dist.engine import EncoderEngine
+    from haste_dist.model import make_encoder, open_prepared
+
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(2, WORDS, (4, 9), generator=generator).to(world.device)
+    dx_BD = torch.randn(4, config.encoder.width, generator=generator).to(world.device)
+
+    def engine() -> EncoderEngine:
+        return EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world, 4)
+
+    def step(one: EncoderEngine) -> None:
+        one.backward(one.forward(input_ids, torch.ones_like(input_ids)), dx_BD)
+        one.step(1e-3)
+
+    first, second = engine(), engine()
+    for _ in range(3):
+        step(first)
+    weights, moments = first.state()
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    assert moments["step"].item() == 3
+    second.load_state(weights, moments)
+    step(first)
+    step(second)
+    for ours, theirs in zip(first.state(), second.state(), strict=True):
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def read_losses(run: str | Path) -> list[float]:
