@@ -56,7 +56,9 @@ class Classifier:
         """
         config = self.config
         scale = 1.0 / x_ND.shape[0] if config.reduction == "mean" else 1.0
-        args = StepArgs(lr, scale, config.momentum, config.weight_decay, config.loss, self.seed, step)  # type: ignore[arg-type]
+        args = StepArgs(
+            lr, scale, config.momentum, config.weight_decay, config.loss, self.seed, step, config.half_sums, config.deterministic
+        )  # type: ignore[arg-type]
         dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)
         losses = []
         if self.head.weight.shape[0]:

@@ -119,6 +119,13 @@ class OutputConfig:
         "auto", "auto: bfloat16 with stochastic rounding on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16")
     )
     momentum_dtype: str = setting("auto", "auto: as the weights", choices=("auto", "float32", "bfloat16"))
+    half_sums: bool = setting(
+        True,
+        "GPU kernels, bfloat16: the tail's gradient to the embedding is summed in float16 runs of at most 128, then float32; off: float32",
+    )
+    deterministic: bool = setting(
+        False, "GPU kernels: sum that gradient in a fixed order: the same bits in each run, at more time and memory"
+    )
 
 
 @dataclass

@@ -73,10 +73,15 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     try:
-        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True)
+        described = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+        # Records written a moment ago do not change what was measured.
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/", f":(top,exclude){FOLDER}"], capture_output=True, text=True
+        )
     except OSError:
         return os.environ.get("HASTE_COMMIT", "")
-    return described.stdout.strip() or os.environ.get("HASTE_COMMIT", "")
+    commit = described.stdout.strip() if described.returncode == 0 else ""
+    return commit + ("-dirty" if changed.stdout.strip() else "") if commit else os.environ.get("HASTE_COMMIT", "")
 
 
 def _scalar(value: Any) -> Any:

@@ -10,6 +10,7 @@ Letters: N batch rows, D embedding width, H rows of the head here, R rows of a c
 import torch
 from torch import Tensor
 
+from haste_kernels.backend import use_triton
 from haste_kernels.chunks import chunks
 from haste_kernels.losses import loss_and_gradient_
 from haste_kernels.products import mm, operand_dtype
@@ -17,12 +18,23 @@ from haste_kernels.state import HeadState, Positives, StepArgs
 from haste_kernels.update import sgd_, sgd_bias_
 
 
-@torch.no_grad()
 def head_step(x_ND: Tensor, positives: Positives, head: HeadState, args: StepArgs, want_loss: bool = False) -> tuple[Tensor, Tensor | None]:
     """Updates ``head`` in place; returns dx (N, D) float32 and, if wanted, the loss of these rows (float32 scalar), both scaled.
 
-    ``x_ND`` float32 or bfloat16; ``positives`` rows are relative to ``head.first_row``.
+    ``x_ND`` float32 or bfloat16; ``positives`` rows are relative to ``head.first_row``. On a GPU Triton kernels do it.
     """
+    if use_triton(x_ND):
+        from haste_kernels import triton_head
+
+        return triton_head.head_step(x_ND, positives, head, args, want_loss)
+    return plain_head_step(x_ND, positives, head, args, want_loss)
+
+
+@torch.no_grad()
+def plain_head_step(
+    x_ND: Tensor, positives: Positives, head: HeadState, args: StepArgs, want_loss: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The same in plain torch, on any device."""
     n, width = x_ND.shape
     rows = len(head.weight)
     dtype = operand_dtype(x_ND, head.weight)

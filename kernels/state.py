@@ -31,6 +31,10 @@ class StepArgs:
     loss: Loss = "bce"
     seed: int = 0  # with step, row and column the key of stochastic rounding
     step: int = 0
+    half_sums: bool = (
+        True  # Triton, bfloat16: the tail's dx may be summed in float16 runs (kernels/triton_tail.py); off: float32 throughout
+    )
+    deterministic: bool = False  # Triton: dx is summed in a fixed order, so two runs give the same bits; slower
 
 
 @dataclass

@@ -15,6 +15,7 @@ Letters: N batch rows, D embedding width, T groups (here or in a chunk), G rows 
 import torch
 from torch import Tensor
 
+from haste_kernels.backend import use_triton
 from haste_kernels.chunks import chunks
 from haste_kernels.losses import loss_and_gradient_
 from haste_kernels.products import bmm, operand_dtype
@@ -22,12 +23,24 @@ from haste_kernels.state import Positives, StepArgs, TailState
 from haste_kernels.update import sgd_, sgd_bias_
 
 
-@torch.no_grad()
 def tail_step(x_ND: Tensor, positives: Positives, tail: TailState, args: StepArgs, want_loss: bool = False) -> tuple[Tensor, Tensor | None]:
     """Updates ``tail`` in place; returns dx (N, D) float32 and, if wanted, the loss of the real rows (float32 scalar), both scaled.
 
-    ``x_ND`` float32 or bfloat16; ``positives`` rows are relative to ``tail.first_row``.
+    ``x_ND`` float32 or bfloat16; ``positives`` rows are relative to ``tail.first_row``. On a GPU the Triton kernel does it.
     """
+    if use_triton(x_ND):
+        from haste_kernels import triton_tail
+
+        if triton_tail.takes(tail):
+            return triton_tail.tail_step(x_ND, positives, tail, args, want_loss)
+    return plain_tail_step(x_ND, positives, tail, args, want_loss)
+
+
+@torch.no_grad()
+def plain_tail_step(
+    x_ND: Tensor, positives: Positives, tail: TailState, args: StepArgs, want_loss: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The same in plain torch, on any device, for any G and F."""
     n, width = x_ND.shape
     groups, size, fan_in = tail.weight.shape
     if groups and not 0 <= groups * size - tail.rows < size:

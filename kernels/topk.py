@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from haste_kernels.backend import use_triton
 from haste_kernels.chunks import spans
 from haste_kernels.products import bmm, mm, operand_dtype
 from haste_kernels.state import HeadState, TailState
@@ -28,15 +29,26 @@ CPU_BYTES = 16 << 20
 Best = tuple[Tensor, Tensor]
 
 
-@torch.no_grad()
 def topk(x_head_ND: Tensor | None, x_tail_ND: Tensor | None, head: HeadState | None, tail: TailState | None, k: int) -> Best:
     """Scores (N, k) float32, descending, and global rows (N, k) int64; -inf and -1 where the shard has fewer than k real rows.
 
-    Either part may be None, with its x. All rows of the head come before those of the tail.
+    Either part may be None, with its x. All rows of the head come before those of the tail. On a GPU Triton kernels do it.
     """
     given = [x for x in (x_head_ND, x_tail_ND) if x is not None]
     if not given or k < 1:
         raise ValueError(f"top-k needs the embedding of the head or of the tail, and k={k} of at least 1")
+    if use_triton(given[0]):
+        from haste_kernels import triton_topk
+
+        if triton_topk.takes(x_head_ND, x_tail_ND, head, tail, k):
+            return triton_topk.topk(x_head_ND, x_tail_ND, head, tail, k)
+    return plain_topk(x_head_ND, x_tail_ND, head, tail, k)
+
+
+@torch.no_grad()
+def plain_topk(x_head_ND: Tensor | None, x_tail_ND: Tensor | None, head: HeadState | None, tail: TailState | None, k: int) -> Best:
+    """The same in plain torch, on any device, for any k, G and F."""
+    given = [x for x in (x_head_ND, x_tail_ND) if x is not None]
     n, device = len(given[0]), given[0].device
     best = _nothing(n, k, device)
     if head is not None and x_head_ND is not None:

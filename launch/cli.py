@@ -73,6 +73,16 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("name", metavar="NAME", help="icd10 or wordnet")
     build.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     build.add_argument("--source", metavar="PATH", help="where the raw material lies, if it is not found by itself")
+
+    bench = commands.add_parser("bench", help="measure the kernels", description="Measure this project beside its baselines and the floor.")
+    actions = bench.add_subparsers(dest="action", metavar="WHAT", required=True)
+    kernels = actions.add_parser(
+        "kernels",
+        help="the output layer's operations",
+        description="Check each operation against its definition, then time it. Numbers may be lists: --group 16,32,64. "
+        "Without words: the README's shapes on a GPU, a small shape on a CPU.",
+    )
+    _add_bench(kernels)
     return parser
 
 
@@ -101,6 +111,30 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help=RUN)
     command.add_argument("overrides", metavar="a.b=c", nargs="*", help=OVERRIDES)
     command.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), last, or a name such as step-00001200")
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    """Words stay words here: haste_launch.bench_settings reads and checks them."""
+    for flag, metavar, summary in (
+        ("--what", "NAMES", "of tail, head, topk, layer, linear (default all)"),
+        ("--labels", "L", "labels; the head alone has a tenth of them"),
+        ("--batch", "N", "texts a step"),
+        ("--width", "D", "features of the embedding"),
+        ("--fan-in", "F", "features that a group of labels reads"),
+        ("--group", "G", "labels that read the same features: 16, 32, 64 or 128"),
+        ("-k", "K", "labels that top-k returns"),
+        ("--providers", "NAMES", "of haste_dist, haste_authors, per_label_ffi, dense, dense_width_f, floor (default all)"),
+        ("--plot", "FILE", "draw time and memory against L, N, F and G as .png; sweeps these if no sweep or list is given"),
+        ("--records", "DIR", "folder that figures are appended to, or none (default benchmarks/records on a GPU, none on a CPU)"),
+        ("--dtype", "TYPE", "of weights and embedding: bfloat16 (default on a GPU) or float32"),
+        ("--momentum", "TYPE", "bfloat16, float32 or none (default as --dtype)"),
+        ("--seconds", "S", "each measurement takes (default 0.5 on a GPU, 0.1 on a CPU)"),
+    ):
+        names = ["-k", "--k"] if flag == "-k" else [flag]
+        command.add_argument(*names, metavar=metavar, default="", help=summary)
+    command.add_argument("--sweep", action="append", default=[], metavar="NAME=V,V", help="vary one number alone; may be given again")
+    command.add_argument("--no-bias", action="store_true", help="labels without biases")
+    command.add_argument("--quick", action="store_true", help="one small shape, short measurements")
 
 
 def _positive(word: str) -> int:

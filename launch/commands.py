@@ -100,6 +100,15 @@ def datasets(args: Namespace) -> int:
     return 0
 
 
+def bench(args: Namespace) -> int:
+    from haste_launch.bench_settings import read_words
+
+    words = read_words(args)  # wrong words fail here, before torch loads
+    from haste_launch.bench import bench_kernels
+
+    return bench_kernels(words)
+
+
 def label_names(run: Path, order: "LabelOrder") -> "LabelNames":
     """The label texts that the run folder keeps, so that prediction needs no prepared folder. Raises DataError."""
     import pyarrow as pa

@@ -1,0 +1,44 @@
+"""Which implementation an operation runs: Triton's kernels where a GPU and Triton are there, else plain torch."""
+
+import functools
+import importlib.metadata
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+OLDEST = (3, 6)  # of Triton
+CAPABILITY = (8, 0)  # of the GPU: bfloat16 products
+SWITCH = "HASTE_KERNELS"  # set to "torch": plain torch everywhere
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether work on ``x`` goes to the Triton kernels. Says once, by a warning, why a GPU is left to plain torch."""
+    if not x.is_cuda or os.environ.get(SWITCH) == "torch":
+        return False
+    reason = _missing(x.device.index or 0)
+    return reason is None
+
+
+@functools.cache
+def _missing(device: int) -> str | None:
+    """Why there are no kernels for this GPU; None where there are. Warns on the first call."""
+    reason = _triton()
+    if reason is None and torch.cuda.get_device_capability(device) < CAPABILITY:
+        reason = f"{torch.cuda.get_device_name(device)} is older than the kernels need (compute capability 8.0)"
+    if reason is not None:
+        warnings.warn(f"plain torch does the output layer, several times slower: {reason}", stacklevel=3)
+    return reason
+
+
+def _triton() -> str | None:
+    needed = ".".join(map(str, OLDEST))
+    try:
+        version = importlib.metadata.version("triton")
+        import triton  # noqa: F401
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        return f"Triton is not installed (pip install 'triton>={needed}')"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"Triton {version} is too old (pip install 'triton>={needed}')"
+    return None

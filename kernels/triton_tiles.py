@@ -1,0 +1,166 @@
+"""What the Triton kernels share: random bits and rounding, the SGD update of a tile, the loss, the positives of a tile.
+
+Each is the Triton twin of a definition in plain torch: ``rounding.py`` (the same counters, so the same bits), ``update.py``,
+``losses.py``. Letters: R rows and C columns of a tile, N batch rows, P positives.
+"""
+
+import triton
+import triton.language as tl
+
+from haste_kernels import rounding
+
+ROUNDS = tl.constexpr(rounding.ROUNDS)
+WEIGHT = tl.constexpr(rounding.WEIGHT)
+MOMENTUM = tl.constexpr(rounding.MOMENTUM)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, where inline assembly does not run
+POSITIVES = tl.constexpr(16)  # positives that one small matrix product places in a tile: the least inner size of tl.dot
+
+
+@triton.jit
+def random_halves(row, first_column, step, seed_low, seed_high, STREAM: tl.constexpr, C: tl.constexpr):
+    """(R, C) uint32 of 16 random bits for global ``row`` (R, int64) and C columns: one generator call serves 8 of them."""
+    high = ((row >> 32).to(tl.uint32) | (STREAM << 16))[:, None]
+    block = (first_column // 8 + tl.arange(0, C // 8)).to(tl.uint32)[None, :]
+    block, low = tl.broadcast(block, row.to(tl.uint32)[:, None])
+    nothing = block & 0
+    low_key, high_key = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+    a, b, c, d = tl.philox_impl(block, low, nothing + high, nothing + step.to(tl.uint32), low_key, high_key, ROUNDS)
+    words = tl.join(tl.join(a, c), tl.join(b, d))  # (R, C / 8, 2, 2): word 2 i + j at [i, j]
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (row.shape[0], C))
+
+
+@triton.jit
+def rounded(value, row, first_column, step, seed_low, seed_high, STREAM: tl.constexpr):
+    """Float32 (R, C) to bfloat16, up or down at random with the exact mean; what bfloat16 holds, infinity and NaN stay."""
+    half = random_halves(row, first_column, step, seed_low, seed_high, STREAM, value.shape[1])
+    bits = (value.to(tl.uint32, bitcast=True) + half) >> 16
+    return tl.where(value == value, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), value.to(tl.bfloat16))
+
+
+@triton.jit
+def store(pointer, at, mask, value, row, first_column, step, seed_low, seed_high, STREAM: tl.constexpr):
+    """Writes float32 (R, C) ``value`` to ``pointer + at``: rounded stochastically if the memory is bfloat16."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        tl.store(pointer + at, rounded(value, row, first_column, step, seed_low, seed_high, STREAM), mask=mask)
+    else:
+        tl.store(pointer + at, value, mask=mask)
+
+
+@triton.jit
+def by_eights(value):
+    """The same (R, C) values, eight neighbours in one thread, as memory and the generator have them.
+
+    A product leaves them scattered, and the compiler would bring all else to it: weights, momentum and random bits, both ways.
+    """
+    R: tl.constexpr = value.shape[0]
+    C: tl.constexpr = value.shape[1]
+    even, odd = tl.split(tl.reshape(value, (R, C // 8, 2, 2, 2)))
+    v0, v2 = tl.split(even)
+    v1, v3 = tl.split(odd)
+    v0, v4 = tl.split(v0)
+    v1, v5 = tl.split(v1)
+    v2, v6 = tl.split(v2)
+    v3, v7 = tl.split(v3)
+    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
+    odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
+    return tl.reshape(tl.join(even, odd), (R, C))
+
+
+@triton.jit
+def sgd(weight, momentum, at, mask, old, gradient, row, first_column, lr, scale, decay, inertia, step, seed_low, seed_high):
+    """SGD on a tile (R, C): ``old`` weights and the unscaled gradient in float32; ``momentum`` may be None. See update.py.
+
+    ``row`` (R,) global rows; ``first_column`` a multiple of 8.
+    """
+    m = by_eights(gradient) * scale + old * decay
+    if momentum is not None:
+        m += tl.load(momentum + at, mask=mask, other=0.0).to(tl.float32) * inertia
+        store(momentum, at, mask, m, row, first_column, step, seed_low, seed_high, MOMENTUM)
+    store(weight, at, mask, old - lr * m, row, first_column, step, seed_low, seed_high, WEIGHT)
+
+
+@triton.jit
+def sgd_bias(bias, momentum, at, mask, gradient, lr, scale, inertia):
+    """The same for float32 biases (R,): without weight decay."""
+    m = gradient * scale
+    if momentum is not None:
+        m += tl.load(momentum + at, mask=mask, other=0.0) * inertia
+        tl.store(momentum + at, m, mask=mask)
+    tl.store(bias + at, tl.load(bias + at, mask=mask) - lr * m, mask=mask)
+
+
+@triton.jit
+def targets(positive_row, positive_batch, first, last, row, batch, POSITIVES_PER_DOT: tl.constexpr):
+    """(R, N) float32: above 0 at the positives ``first``..``last``-1 that fall on ``row`` (R,) and ``batch`` (N,), else 0.
+
+    A product of two one-hot matrices places 16 positives at once; a pair that stands twice counts as one.
+    """
+    y = tl.zeros((row.shape[0], batch.shape[0]), tl.float32)
+    for start in range(first, last, POSITIVES_PER_DOT):
+        at = start + tl.arange(0, POSITIVES_PER_DOT)
+        inside = at < last
+        p_row = tl.load(positive_row + at, mask=inside, other=-1).to(tl.int32)
+        p_batch = tl.load(positive_batch + at, mask=inside, other=-1).to(tl.int32)
+        rows = (row[:, None] == p_row[None, :]).to(tl.float16)
+        batches = (p_batch[:, None] == batch[None, :]).to(tl.float16)
+        y = tl.dot(rows, batches, y)
+    return y
+
+
+@triton.jit
+def sigmoid(z):
+    """1 / (1 + e^-z) to a few parts in 10^7, small values too (which the chip's tanh would lose), by two special functions."""
+    if INTERPRETED:
+        p = 1.0 / (1.0 + tl.exp(-z))
+    else:
+        p = tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
+            "=f,f",
+            [z],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return p
+
+
+@triton.jit
+def gradient_of(z, y, BCE: tl.constexpr):
+    """dloss/dz, unscaled; ``y`` is above 0 at positives, or None: there are none."""
+    if BCE:
+        g = sigmoid(z)
+        if y is not None:
+            g = tl.where(y > 0, g - 1.0, g)
+    else:
+        g = 2.0 * tl.maximum(1.0 + z, 0.0)
+        if y is not None:
+            g = tl.where(y > 0, -2.0 * tl.maximum(1.0 - z, 0.0), g)
+    return g
+
+
+@triton.jit
+def loss_of(z, y, BCE: tl.constexpr):
+    """The loss of each pair, unscaled; ``y`` as above. softplus(z) - z is softplus(-z)."""
+    grows = z  # what the loss grows with
+    if y is not None:
+        grows = tl.where(y > 0, -z, z)
+    if BCE:
+        value = tl.maximum(grows, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(grows)))
+    else:
+        value = tl.maximum(1.0 + grows, 0.0)
+        value *= value
+    return value
+
+
+@triton.jit
+def prefetch(pointer, LINES: tl.constexpr):
+    """Asks the cache for LINES times 128 bytes from ``pointer`` on, and waits for nothing."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [pointer.to(tl.int64) + tl.arange(0, LINES) * 128],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -1,0 +1,205 @@
+"""Sparse linear layers on a GPU: half precision against float64 and plain torch, every choice of tiles, large offsets, torch.compile."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from haste_kernels import backend, linear, random_features, reference
+from haste_kernels.linear import FixedFanInLinear, GroupSharedLinear, grad_weight, grad_x, group_shared_linear
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+triton_linear = pytest.importorskip("haste_kernels.triton_linear")
+CUDA = torch.device("cuda")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty gives NaN: a value that no one writes is seen."""
+    empty = torch.empty
+
+    def fill(*shape: Any, **how: Any) -> Tensor:
+        made = empty(*shape, **how)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", fill)
+
+
+def make(n: int, width: int, rows: int, fan_in: int, size: int, dtype: torch.dtype, weight: torch.dtype) -> dict[str, Any]:
+    torch.manual_seed(n + rows)
+    groups = -(-rows // size)
+    return {
+        "x": torch.randn(n, width, device=CUDA).to(dtype),
+        "weight": torch.randn(groups, size, fan_in, device=CUDA).to(weight),
+        "index": random_features(0, groups, width, fan_in, 7, CUDA),
+        "bias": torch.randn(rows, device=CUDA),
+        "dz": torch.randn(n, rows, device=CUDA).to(dtype),
+    }
+
+
+def through_kernels(given: dict[str, Any], forward: Any = None, dx: Any = None, dw: Any = None) -> tuple[Tensor, ...]:
+    x, weight, index, bias, dz = (given[name] for name in ("x", "weight", "index", "bias", "dz"))
+    assert backend.use_triton(x)
+    z = triton_linear.forward(x, weight, index, bias, dz.shape[1], forward)
+    return (
+        z,
+        triton_linear.grad_x(dz, weight, index, x.shape[1], dx),
+        *triton_linear.grad_weight(dz, x, index, torch.empty_like(weight), dw),
+    )
+
+
+def dense(given: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Logits, dx, dW and the biases' gradient by a masked dense layer, every value in ``dtype``."""
+    x, weight, index, bias, dz = (given[name] for name in ("x", "weight", "index", "bias", "dz"))
+    (groups, size, _), rows = weight.shape, dz.shape[1]
+    w = reference.dense_tail(weight, index, x.shape[1])[:rows].to(dtype)
+    x, dz = x.to(dtype), dz.to(dtype)
+    dw = nn.functional.pad(dz.T @ x, (0, 0, 0, groups * size - rows)).view(groups, size, -1)
+    dw = dw.gather(2, index.long()[:, None].expand(-1, size, -1))
+    return nn.functional.linear(x, w, bias.to(dtype)), dz @ w, dw, dz.sum(0)
+
+
+def check(given: dict[str, Any], got: tuple[Tensor, ...]) -> None:
+    """Errors at most 1.5 times those of plain torch at the precision of x."""
+    truth, naive = dense(given, torch.float64), dense(given, given["x"].dtype)
+    assert [value.dtype for value in got] == [given["x"].dtype, given["x"].dtype, given["weight"].dtype, FP32]
+    for name, mine, plain, exact in zip(("z", "dx", "dw", "db"), got, naive, truth, strict=True):
+        assert mine.shape == exact.shape
+        assert not mine.isnan().any(), f"{name}: something was left unwritten"
+        error, allowed = (float((value.double() - exact).norm() / exact.norm()) for value in (mine, plain))
+        assert error <= 1.5 * allowed + 1e-6, f"{name}: {error:.2e}, plain torch {allowed:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "rows", "fan_in", "size"),
+    [
+        (300, 384, 5000, 64, 16),
+        (256, 768, 4096, 64, 32),
+        (512, 768, 8192, 64, 64),
+        (77, 384, 3001, 64, 128),  # labels of no multiple of anything
+        (1, 384, 1000, 32, 16),
+        (200, 200, 999, 33, 24),
+        (129, 1024, 2000, 128, 16),
+        (100, 1024, 2000, 256, 32),
+        (64, 300, 7, 16, 5),
+        (130, 384, 1001, 64, 1),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "weight"), [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, FP32)])
+def test_kernels_are_as_exact_as_plain_torch(
+    n: int, width: int, rows: int, fan_in: int, size: int, dtype: torch.dtype, weight: torch.dtype
+) -> None:
+    given = make(n, width, rows, fan_in, size, dtype, weight)
+    assert triton_linear.supported(given["x"], given["weight"]) or dtype == FP32
+    x, index, dz = given["x"], given["index"], given["dz"]
+    z = group_shared_linear(x, given["weight"], index, given["bias"], rows)
+    check(given, (z, grad_x(dz, given["weight"], index, width), *grad_weight(dz, x, index, size, weight)))
+
+
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("op", ["forward", "grad_x", "grad_weight"])
+def test_every_choice_of_tiles_gives_the_same(op: str, size: int) -> None:
+    given = make(200, 384, 3000, 64, size, BF16, BF16)
+    argument = {"forward": "forward", "grad_x": "dx", "grad_weight": "dw"}[op]
+    for config in triton_linear.CONFIGS[op]:
+        check(given, through_kernels(given, **{argument: config}))
+
+
+def test_the_fast_kernels_are_what_runs() -> None:
+    given = make(64, 384, 3000, 64, 16, BF16, BF16)
+    for op in triton_linear.CONFIGS:
+        assert triton_linear.default_config(op, 16, 64, given["x"]).gluon
+
+
+@pytest.mark.parametrize(("size", "fan_in"), [(16, 64), (1, 4)])
+def test_offsets_beyond_31_bits(size: int, fan_in: int) -> None:
+    """More than 2^31 logits: the last rows and labels are right, forwards and backwards."""
+    n, rows, width = 4100, 524_303, 128
+    torch.manual_seed(0)
+    groups = -(-rows // size)
+    x = torch.randn(n, width, device=CUDA).bfloat16()
+    weight = torch.randn(groups, size, fan_in, device=CUDA).bfloat16()
+    index = random_features(0, groups, width, fan_in, 7, CUDA)
+    z = group_shared_linear(x, weight, index, None, rows)
+    assert z.numel() > 2**31
+    some = slice(groups - 40, groups)
+    first = (groups - 40) * size
+    w = reference.dense_tail(weight[some], index[some], width)[: rows - first]
+    torch.testing.assert_close(z[-50:, first:].double(), x[-50:].double() @ w.T, rtol=0.02, atol=0.05)
+    z[:, :first] = 0
+    z[:-50] = 0
+    dw, db = grad_weight(z, x, index, size, BF16)
+    exact = z[-50:, first:].double().T @ x[-50:].double()
+    exact = nn.functional.pad(exact, (0, 0, 0, 40 * size - len(exact))).view(40, size, -1)
+    torch.testing.assert_close(dw[some].double(), exact.gather(2, index[some].long()[:, None].expand(-1, size, -1)), rtol=0.02, atol=0.5)
+    assert not dw[: groups - 40].any()
+    torch.testing.assert_close(db, z[-50:].float().sum(0))
+    dx = grad_x(z, weight, index, width)
+    torch.testing.assert_close(dx[-50:].double(), z[-50:, first:].double() @ w, rtol=0.02, atol=2.0)
+    assert not dx[:-50].any()
+
+
+def test_deterministic_torch_gives_the_same_bits() -> None:
+    given = make(200, 384, 20_000, 64, 16, BF16, BF16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (grad_x(given["dz"], given["weight"], given["index"], 384) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("layer", [lambda: GroupSharedLinear(384, 3001, device=CUDA), lambda: FixedFanInLinear(384, 3001, 32, device=CUDA)])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_autocast_and_compile(layer: Callable[[], GroupSharedLinear], dtype: torch.dtype) -> None:
+    module = layer()
+    compiled = torch.compile(module, fullgraph=True)
+    for n in (70, 131):
+        x = torch.randn(n, 384, device=CUDA, requires_grad=True)
+        found = []
+        for run in (module, compiled):
+            with torch.autocast("cuda", dtype):
+                z = run(x)
+            assert z.dtype == dtype
+            found.append((z, *torch.autograd.grad(z.float().square().mean(), [x, module.weight, module.bias])))
+        for mine, other in zip(*found, strict=True):
+            assert float((mine - other).norm() / mine.norm()) < 1e-2  # dx sums in any order
+
+
+@pytest.mark.parametrize("size", [8, 1])
+def test_torch_accepts_the_operations(size: int) -> None:
+    given = make(5, 40, 61, 16, size, BF16, BF16)
+    x, weight, bias, dz = (given[name].requires_grad_() for name in ("x", "weight", "bias", "dz"))
+    torch.library.opcheck(group_shared_linear, (x, weight, given["index"], bias, 61))
+    torch.library.opcheck(grad_x, (dz, weight, given["index"], 40))
+    torch.library.opcheck(grad_weight, (dz, x, given["index"], size, BF16))
+
+
+def test_tensors_must_share_a_device() -> None:
+    given = make(5, 40, 61, 16, 8, BF16, BF16)
+    with pytest.raises(ValueError, match="on one device"):
+        linear._check(given["weight"], given["index"].cpu(), 61)
+
+
+def test_a_layer_on_a_gpu_learns_as_on_a_cpu() -> None:
+    losses = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        layer = GroupSharedLinear(64, 500, 32)
+        x, y = torch.randn(96, 64), torch.randint(0, 500, (96,))
+        layer, x, y = layer.to(device), x.to(device), y.to(device)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, momentum=0.9)
+        for _ in range(30):
+            with torch.autocast(device, BF16):
+                loss = nn.functional.cross_entropy(layer(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[device] = loss.item()
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.03)

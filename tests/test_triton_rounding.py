@@ -1,0 +1,74 @@
+"""Stochastic rounding in Triton: the bits of the definition, in any tile, and unbiased."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from haste_kernels import stochastic_round
+from haste_kernels import triton_tiles as tiles
+
+if torch.cuda.is_available():
+    pytest.skip("the interpreter is for machines without a GPU: tests/gpu runs the kernels themselves", allow_module_level=True)
+
+SEED, STEP = 2**63 + 12345, 2**32 - 2
+
+
+@triton.jit
+def _round(out, value, width, first_row: tl.int64, step: tl.uint32, low: tl.uint32, high: tl.uint32, STREAM: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    at = row[:, None] * width + column[None, :]
+    mask = tl.broadcast_to(column[None, :] < width, (R, C))
+    v = tl.load(value + at, mask=mask, other=0.0)
+    tiles.store(out, at, mask, v, first_row + row, tl.program_id(1) * C, step, low, high, STREAM)
+
+
+def rounded(value, first_row, stream, rows, columns, step=STEP):
+    out = torch.empty_like(value, dtype=torch.bfloat16)
+    grid = (len(value) // rows, triton.cdiv(value.shape[1], columns))
+    _round[grid](out, value, value.shape[1], first_row, step, SEED & 0xFFFFFFFF, SEED >> 32, STREAM=stream, R=rows, C=columns)
+    return out
+
+
+def same_bits(a, b):
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4, 16), (16, 64), (2, 32)])
+@pytest.mark.parametrize("stream", [0, 1])
+def test_bits_are_those_of_the_definition_in_any_tile(rows, columns, stream):
+    torch.manual_seed(0)
+    value = torch.randn(32, 45) * torch.logspace(-30, 30, 45)
+    first = 2**33 - 7
+    expected = stochastic_round(value, SEED, STEP, torch.arange(first, first + 32), stream)
+    assert same_bits(rounded(value, first, stream, rows, columns), expected)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_shards_round_the_same_bits(shards):
+    torch.manual_seed(1)
+    value = torch.randn(32, 64)
+    whole = rounded(value, 1000, 0, 4, 64)
+    parts = [rounded(part.contiguous(), 1000 + i * (32 // shards), 0, 4, 64) for i, part in enumerate(value.chunk(shards))]
+    assert same_bits(torch.cat(parts), whole)
+
+
+def test_special_values_stay():
+    value = torch.tensor([[float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1.5, -2.0, 2.0**-130] * 2] * 2)
+    got = rounded(value, 0, 0, 2, 16)
+    assert torch.equal(got.isnan(), value.isnan())
+    assert torch.equal(got.float()[~value.isnan()], value[~value.isnan()])
+
+
+def test_the_mean_of_ten_thousand_draws_is_the_value():
+    value = torch.tensor([1.0 + 2**-9, -3.14159, 1e-3, 123.456]).repeat(640, 16)
+    draws = rounded(value, 5, 0, 32, 64).double().view(-1, 4)[:10_000]
+    exact = value[0, :4].double()
+    assert len(draws) == 10_000
+    error = (draws.mean(0) - exact).abs()
+    assert bool((error <= 3 * draws.std(0) / len(draws) ** 0.5).all())
+    assert bool((draws.std(0) > 0).all())
