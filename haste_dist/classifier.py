@@ -57,8 +57,16 @@ class Classifier:
         config = self.config
         scale = 1.0 / x_ND.shape[0] if config.reduction == "mean" else 1.0
         args = StepArgs(
-            lr, scale, config.momentum, config.weight_decay, config.loss, self.seed, step, config.half_sums, config.deterministic
-        )  # type: ignore[arg-type]
+            lr=lr,
+            scale=scale,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            loss=config.loss,  # type: ignore[arg-type]
+            seed=self.seed,
+            step=step,
+            half_sums=config.half_sums,
+            deterministic=config.deterministic,
+        )
         dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)
         losses = []
         if self.head.weight.shape[0]:

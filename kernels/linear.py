@@ -255,6 +255,10 @@ class GroupSharedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the input has {x.shape[-1]} features; in_features={self.in_features}")
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            # The operation's own rule would do it too, but unseen by torch.compile, whose cache mixes up graphs of two such types.
+            x = x.to(torch.get_autocast_dtype(device))
         weight = self.weight.view(-1, self.group_size, self.fan_in)
         z = group_shared_linear(x.reshape(-1, self.in_features), weight, self.index, self.bias, self.out_features)
         return z.view(*x.shape[:-1], self.out_features)

@@ -108,7 +108,8 @@ def head_step(x_ND: Tensor, positives: Positives, head: HeadState, args: StepArg
     dx_ND = torch.zeros(n, width, dtype=torch.float32, device=device)
     loss = torch.empty(triton.cdiv(rows, ROWS), dtype=torch.float32, device=device) if want_loss else None
     edges = torch.arange(0, rows + ROWS, ROWS, device=device)
-    bounds = torch.searchsorted(positives.row.contiguous(), edges)
+    row, batch = positives.row.contiguous(), positives.batch.contiguous()
+    bounds = torch.searchsorted(row, edges)
     most = max(ROWS, CHUNK_BYTES // (6 * n + 4 * width) // ROWS * ROWS)
     for first in range(0, rows, most):
         last = min(first + most, rows)
@@ -117,7 +118,7 @@ def head_step(x_ND: Tensor, positives: Positives, head: HeadState, args: StepArg
         z_RN = mm(operand, x_ND.T)
         dz_RN = torch.empty(last - first, n, dtype=dtype, device=device)
         _gradient[(triton.cdiv(last - first, ROWS),)](
-            z_RN, dz_RN, head.bias, head.bias_momentum, loss, bounds, positives.row, positives.batch, first, last, n,
+            z_RN, dz_RN, head.bias, head.bias_momentum, loss, bounds, row, batch, first, last, n,
             args.lr, args.scale, args.momentum, R=ROWS, B=BATCH, BCE=args.loss == "bce", num_warps=4,
         )  # fmt: skip
         dx_ND += mm(dz_RN.T, operand)

@@ -236,6 +236,7 @@ def forward(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, rows:
     config = config or choice("forward", size, fan_in, x)
     n = len(x)
     weight, index = weight.contiguous(), index.contiguous()
+    bias = None if bias is None else bias.contiguous()  # a gradient may be one number, expanded
     out = torch.empty(n, rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         x_DN = transposed(x, config.batch)

@@ -275,12 +275,13 @@ def tail_step(
     device = x_ND.device
     x_DN = x_ND.to(dtype).T.contiguous() if padded == n else torch.nn.functional.pad(x_ND.to(dtype).T, (0, padded - n))
     loss = torch.empty(groups, dtype=torch.float32, device=device) if want_loss else None
-    bounds = torch.searchsorted(positives.row.contiguous(), torch.arange(0, (groups + 1) * size, size, device=device))
+    row, batch = positives.row.contiguous(), positives.batch.contiguous()
+    bounds = torch.searchsorted(row, torch.arange(0, (groups + 1) * size, size, device=device))
 
     def launch(out: Tensor, first: int, count: int) -> None:
         _tail_step[(count,)](
             x_DN, out, tail.weight, tail.momentum, tail.index, tail.bias, tail.bias_momentum, loss, bounds,
-            positives.row, positives.batch, first, n, padded, len(out), out[0].numel(), tail.rows, tail.first_row, args.lr, args.scale,
+            row, batch, first, n, padded, len(out), out[0].numel(), tail.rows, tail.first_row, args.lr, args.scale,
             args.weight_decay, args.momentum, args.step, args.seed & 0xFFFFFFFF, args.seed >> 32,
             G=size, F=fan_in, F_PADDED=triton.next_power_of_2(fan_in), B=config.batch, BCE=args.loss == "bce",
             ROWS_FIRST=config.rows_first, RAGGED=padded != n, SCRATCH=args.deterministic, STAGES=config.stages, AHEAD=config.ahead,

@@ -1,7 +1,8 @@
 """Tile choices that were measured on this machine: a JSON file a GPU model and Triton version, read once, written by ``tune``.
 
 A step never stops to measure: where nothing was tuned, the kernels' own tables serve. The file lies in $HASTE_CACHE, else in
-$XDG_CACHE_HOME/haste_dist, else in ~/.cache/haste_dist; a file that cannot be read, or names a tile that is no candidate any more, is as none.
+$XDG_CACHE_HOME/haste_dist, else in ~/.cache/haste_dist. One that cannot be read, or names a tile that is no candidate any more,
+is as none.
 """
 
 import functools

@@ -283,3 +283,13 @@ def test_every_choice_of_tiles_is_possible() -> None:
     for op, configs in triton_linear.CONFIGS.items():
         for size in (2, 16, 32, 64, 128):
             assert triton_linear.default_config(op, size, 64, torch.zeros(4, 4)).batch in {c.batch for c in configs}
+
+
+@no_interpreter
+def test_a_bias_may_be_one_number_expanded() -> None:
+    triton_linear = pytest.importorskip("haste_kernels.triton_linear")
+    given = make(40, 30, 50, 16, 16)
+    one = torch.ones(()).expand(50)
+    assert one.stride() == (0,)
+    z = triton_linear.forward(given["x"], given["weight"], given["index"], one, 50)
+    torch.testing.assert_close(z, triton_linear.forward(given["x"], given["weight"], given["index"], torch.ones(50), 50))

@@ -18,7 +18,18 @@ SEED, STEP = 2**63 + 12345, 2**32 - 2
 
 
 @triton.jit
-def _round(out, value, width, first_row: tl.int64, step: tl.uint32, low: tl.uint32, high: tl.uint32, STREAM: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def _round(
+    out,
+    value,
+    width,
+    first_row: tl.int64,
+    step: tl.uint32,
+    low: tl.uint32,
+    high: tl.uint32,
+    STREAM: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
     row = tl.program_id(0) * R + tl.arange(0, R)
     column = tl.program_id(1) * C + tl.arange(0, C)
     at = row[:, None] * width + column[None, :]

@@ -166,7 +166,7 @@ def test_autocast_and_compile(layer: Callable[[], GroupSharedLinear], dtype: tor
         for run in (module, compiled):
             with torch.autocast("cuda", dtype):
                 z = run(x)
-            assert z.dtype == dtype
+            assert z.dtype == dtype  # one process runs both types: their graphs must not be mixed up
             found.append((z, *torch.autograd.grad(z.float().square().mean(), [x, module.weight, module.bias])))
         for mine, other in zip(*found, strict=True):
             assert float((mine - other).norm() / mine.norm()) < 1e-2  # dx sums in any order
@@ -188,7 +188,7 @@ def test_tensors_must_share_a_device() -> None:
 
 
 def test_a_layer_on_a_gpu_learns_as_on_a_cpu() -> None:
-    losses = {}
+    losses: dict[str, list[float]] = {"cpu": [], "cuda": []}
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         layer = GroupSharedLinear(64, 500, 32)
@@ -201,5 +201,6 @@ def test_a_layer_on_a_gpu_learns_as_on_a_cpu() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        losses[device] = loss.item()
-    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.03)
+            losses[device].append(loss.item())
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05, abs=0.01)
+    assert losses["cuda"][-1] < 0.01 * losses["cuda"][0]

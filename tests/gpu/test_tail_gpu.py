@@ -50,7 +50,7 @@ def distance(got: Tensor, truth: Tensor) -> float:
 
 def plain(x_ND: Tensor, tail: TailState, positives: Positives, args: StepArgs) -> tuple[Tensor, Tensor]:
     """dx and the next weights as plain torch gives them in bfloat16."""
-    groups, size, fan_in = tail.weight.shape
+    groups, size, _ = tail.weight.shape
     dense = reference.dense_tail(tail.weight, tail.index, x_ND.shape[1]).bfloat16()
     z = x_ND @ dense.T
     if tail.bias is not None:
