@@ -110,7 +110,7 @@ def head_step(x_ND: Tensor, positives: Positives, head: HeadState, args: StepArg
     edges = torch.arange(0, rows + ROWS, ROWS, device=device)
     row, batch = positives.row.contiguous(), positives.batch.contiguous()
     bounds = torch.searchsorted(row, edges)
-    most = max(ROWS, CHUNK_BYTES // (6 * n + 4 * width) // ROWS * ROWS)
+    most = max(ROWS, CHUNK_BYTES // max(6 * n, 2 * n + 4 * width) // ROWS * ROWS)  # logits and dz, then dz and dW
     for first in range(0, rows, most):
         last = min(first + most, rows)
         w_RD = head.weight[first:last]
@@ -121,6 +121,7 @@ def head_step(x_ND: Tensor, positives: Positives, head: HeadState, args: StepArg
             z_RN, dz_RN, head.bias, head.bias_momentum, loss, bounds, row, batch, first, last, n,
             args.lr, args.scale, args.momentum, R=ROWS, B=BATCH, BCE=args.loss == "bce", num_warps=4,
         )  # fmt: skip
+        del z_RN
         dx_ND += mm(dz_RN.T, operand)
         momentum = None if head.momentum is None else head.momentum[first:last]
         _update[(triton.cdiv(last - first, ROWS), triton.cdiv(width, COLUMNS))](
