@@ -5,6 +5,7 @@ The output layer computes the gradient of the embeddings itself, so the encoder'
 """
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from haste_dist.config import EncoderConfig
 from haste_dist.encoder import Encoder
-from haste_dist.errors import CheckpointError
+from haste_dist.errors import CheckpointError, HasteError
 from haste_dist.world import World
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -42,7 +43,8 @@ class EncoderEngine:
         """(B, S) tokens to (B, D) embeddings, with a graph for ``backward`` unless the encoder is frozen."""
         if self._engine is None:
             return self.embed(input_ids, attention_mask)
-        self._engine.train()
+        if not self.module.training:  # asked first: setting it visits every module, a millisecond of the host's time
+            self._engine.train()
         return self._engine(input_ids, attention_mask)
 
     @torch.no_grad()
@@ -58,11 +60,19 @@ class EncoderEngine:
             self._engine.backward((x_BD.float() * (dx_BD * self.world.size)).sum())
 
     def step(self, lr: float) -> None:
-        """Updates the weights, if this micro-batch ends an accumulation."""
-        if self._engine is not None:
-            for group in self._engine.optimizer.param_groups:
-                group["lr"] = lr
-            self._engine.step()
+        """Updates the weights, if this micro-batch ends an accumulation. Raises HasteError if the gradient was not finite: the
+        weights are lost then, the last checkpoint is not."""
+        if self._engine is None:
+            return
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        plain = [p.grad for p in self.module.parameters() if p.grad is not None]  # stage 0 only: ZeRO keeps its own
+        norm = nn.utils.get_total_norm(plain) if plain else None
+        self._engine.step()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()  # a number that the step made anyway; -1 where it was not finite
+        if norm is not None and not 0 <= float(norm) < math.inf:
+            raise HasteError("the encoder's gradient is not finite; resume with lower encoder.lr or output.lr")
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Float32 weights and optimizer state, whole and on the CPU, by name; the same on each rank and at any ZeRO stage.
@@ -145,7 +155,9 @@ def _deepspeed_engine(encoder: Encoder, config: EncoderConfig, dtype: torch.dtyp
             "gradient_clipping": config.clip,  # DeepSpeed's own default is 1.0, so it is always set
             # At stage 0 DeepSpeed would step bfloat16 parameters one by one; stage 1 on its flat float32 copy is the same update.
             "zero_optimization": {"stage": max(config.zero, int(dtype == torch.bfloat16))},
-            "bf16": {"enabled": dtype == torch.bfloat16},
+            # DeepSpeed's own check looks at each parameter (206 calls of isfinite a step for MiniLM) and skips such a step without a
+            # word; ``step`` looks at the norm instead and stops.
+            "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
             "steps_per_print": 2**62,
         },
     )
