@@ -6,6 +6,7 @@ checkpoints/
     encoder.safetensors       float32 weights by name, whole
     optimizer.safetensors     AdamW moments by weight name, whole
     output-00000-of-00002.safetensors   the label rows of one rank; metadata: the global position of each tensor
+    kept.safetensors          batches kept for the next rewiring, where there are some (rewire.grow=gradient)
   last.json, best.json        {"step": 1200}
 """
 
@@ -31,6 +32,7 @@ from haste_dist.world import World
 
 SCHEMA_VERSION = 1
 CHUNK = 2**24
+KEPT = "kept.safetensors"
 
 
 @dataclass
@@ -60,6 +62,8 @@ def save(folder: Path, state: RunState, engine: EncoderEngine, classifier: Class
         if world.is_first:
             _write(partial / "encoder.safetensors", weights, {})
             _write(partial / "optimizer.safetensors", moments, {})
+            if classifier.kept:  # a few MB, the same on all ranks
+                _write(partial / KEPT, _name_kept(classifier), {})
         tensors = classifier.tensors()
         positions = {name: str(start) for name, (_, start) in tensors.items()}
         name = f"output-{world.rank:05d}-of-{world.size:05d}.safetensors"
@@ -95,6 +99,7 @@ def load(checkpoint: Path, engine: EncoderEngine | None, classifier: Classifier,
         if engine is not None:
             engine.load_state(load_file(checkpoint / "encoder.safetensors"), load_file(checkpoint / "optimizer.safetensors"))
         _load_rows(checkpoint, classifier)
+        _load_kept(checkpoint, classifier)
         return RunState(**page["state"])
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint}: cannot be read ({error}); delete the folder to use an earlier checkpoint") from None
@@ -190,6 +195,20 @@ def _load_rows(checkpoint: Path, classifier: Classifier) -> None:
     for name, (tensor, _) in wanted.items():
         if filled[name] != tensor.shape[0]:
             raise CheckpointError(f"{checkpoint}: holds {filled[name]} of the {tensor.shape[0]} rows of {name} that are needed here")
+
+
+def _name_kept(classifier: Classifier) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for i, (x_ND, label_rows_NM) in enumerate(classifier.kept):
+        named |= {f"{i}.x": x_ND.cpu().contiguous(), f"{i}.label_rows": label_rows_NM.cpu().contiguous()}
+    return named
+
+
+def _load_kept(checkpoint: Path, classifier: Classifier) -> None:
+    """The batches kept for the next rewiring; none in most checkpoints."""
+    path, device = checkpoint / KEPT, classifier.device
+    found = load_file(path) if path.is_file() else {}
+    classifier.kept = [(found[f"{i}.x"].to(device), found[f"{i}.label_rows"].to(device)) for i in range(len(found) // 2)]
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -47,6 +47,8 @@ class Classifier:
         momentum_dtype = weight_dtype if config.momentum_dtype == "auto" else getattr(torch, config.momentum_dtype)
         self.head = self._make_head(weight_dtype, momentum_dtype)
         self.tail = self._make_tail(weight_dtype, momentum_dtype)
+        # What the next rewiring measures gradients on: x_ND as the tail saw it and label_rows_NM of a batch, the same on all ranks.
+        self.kept: list[tuple[Tensor, Tensor]] = []
 
     def step(self, x_ND: Tensor, label_rows_NM: Tensor, lr: float, step: int, want_loss: bool = False) -> tuple[Tensor, Tensor | None]:
         """One SGD step on the rows of this rank.
@@ -82,6 +84,11 @@ class Classifier:
             self._accumulate(dx_ND, dx, mask, self.tail_slice)
             losses.append(loss)
         return dx_ND, torch.stack([x for x in losses if x is not None] or [dx_ND.new_zeros(())]).sum() if want_loss else None
+
+    def keep(self, x_ND: Tensor, label_rows_NM: Tensor, step: int) -> None:
+        """Keeps the batch of a step for the next rewiring, also on a rank without tail rows: checkpoints are written by the first."""
+        x, _ = self._masked(x_ND, self.tail_slice, self.config.tail_dropout, step, TAIL_DROPOUT)
+        self.kept.append((x, label_rows_NM))
 
     def topk(self, x_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores (N, K) float32 and global rows (N, K) int64 of the best real rows of this rank, best first, ties by lower row."""

@@ -137,7 +137,10 @@ class RewireConfig:
         choices=("group", "global", "threshold"),
     )
     threshold: float = setting(0.01, "mean |w| under which prune=threshold replaces a connection", low=0.0)
-    grow: str = setting("random", "how new features are chosen", choices=("random",))
+    grow: str = setting(
+        "random", "new features of a group: random ones, or those of the largest summed |gradient|", choices=("random", "gradient")
+    )
+    batches: int = setting(4, "batches whose gradients choose the new features: the last ones before a rewiring", low=1)
 
 
 @dataclass

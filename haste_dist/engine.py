@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from haste_dist.config import EncoderConfig
 from haste_dist.encoder import Encoder
-from haste_dist.errors import CheckpointError, HasteError
+from haste_dist.errors import CheckpointError
 from haste_dist.world import World
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -59,11 +59,10 @@ class EncoderEngine:
             # DeepSpeed averages over ranks where the gradient of a batch is the sum of its parts.
             self._engine.backward((x_BD.float() * (dx_BD * self.world.size)).sum())
 
-    def step(self, lr: float) -> None:
-        """Updates the weights, if this micro-batch ends an accumulation. Raises HasteError if the gradient was not finite: the
-        weights are lost then, the last checkpoint is not."""
+    def step(self, lr: float) -> bool:
+        """Updates the weights, if this micro-batch ends an accumulation. False if the gradient was not finite: the weights are lost."""
         if self._engine is None:
-            return
+            return True
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         plain = [p.grad for p in self.module.parameters() if p.grad is not None]  # stage 0 only: ZeRO keeps its own
@@ -71,8 +70,7 @@ class EncoderEngine:
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()  # a number that the step made anyway; -1 where it was not finite
-        if norm is not None and not 0 <= float(norm) < math.inf:
-            raise HasteError("the encoder's gradient is not finite; resume with lower encoder.lr or output.lr")
+        return norm is None or 0 <= float(norm) < math.inf
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Float32 weights and optimizer state, whole and on the CPU, by name; the same on each rank and at any ZeRO stage.
@@ -156,7 +154,7 @@ def _deepspeed_engine(encoder: Encoder, config: EncoderConfig, dtype: torch.dtyp
             # At stage 0 DeepSpeed would step bfloat16 parameters one by one; stage 1 on its flat float32 copy is the same update.
             "zero_optimization": {"stage": max(config.zero, int(dtype == torch.bfloat16))},
             # DeepSpeed's own check looks at each parameter (206 calls of isfinite a step for MiniLM) and skips such a step without a
-            # word; ``step`` looks at the norm instead and stops.
+            # word; ``step`` looks at the norm instead and tells.
             "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
             "steps_per_print": 2**62,
         },

@@ -2,6 +2,10 @@
 
 A connection is one feature of one group, shared by the group's labels; its score is the mean |w| over them. The kernels
 score and replace; here the choice is made, for each group on its own or over the groups of all ranks.
+
+With grow=gradient (RigL, arXiv 1911.11134, for groups) the last batches before a rewiring are kept: embeddings and label rows,
+which every rank has. A checkpoint written among them holds them too, so that a resumed run chooses as an unbroken one does: the
+embeddings cannot be computed again, for the encoder has moved on since.
 """
 
 from dataclasses import dataclass
@@ -9,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from haste_dist.classifier import Classifier
+from haste_dist.classifier import Classifier, select_positives
 from haste_dist.collectives import sum_over_ranks
 from haste_dist.config import RewireConfig
+from haste_dist.schedule import rewire_fraction
 from haste_dist.world import World
-from haste_kernels import connection_scores, prune_and_regrow
+from haste_kernels import FeatureScores, connection_scores, gradient_scores, prune_and_regrow
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,36 @@ def rewire(classifier: Classifier, config: RewireConfig, fraction: float, step: 
         prune_TF = scores_TF < config.threshold
     replaced = 0
     if tail.weight.shape[0]:
-        replaced = prune_and_regrow(tail, prune_TF, classifier.tail_slice.width, classifier.seed, step)
+        wanted = gradients(classifier, config.batches) if config.grow == "gradient" else None
+        replaced = prune_and_regrow(tail, prune_TF, classifier.tail_slice.width, classifier.seed, step, wanted)
+    classifier.kept.clear()
     counts = sum_over_ranks(torch.tensor([replaced], device=scores_TF.device), world)
     return Rewired(int(counts[0]), total, fraction)
+
+
+def keeps_batch(config: RewireConfig, step: int, total: int) -> bool:
+    """Whether the batch that completes ``step`` steps is among the last before a rewiring that wants gradients. Pure."""
+    if config.grow != "gradient" or not config.interval:
+        return False
+    next_one = -(-step // config.interval) * config.interval
+    due = rewire_fraction(next_one, total, config.interval, config.until, config.fraction) > 0
+    return due and next_one - step < config.batches
+
+
+def gradients(classifier: Classifier, batches: int) -> FeatureScores:
+    """Scores of features: |dloss/dw| over the labels of a group, at the weights of now, summed over the last ``batches`` kept."""
+    tail = classifier.tail
+    kept = [(x, select_positives(rows, tail.first_row, tail.rows)) for x, rows in classifier.kept[-batches:]]
+    if not kept:
+        raise ValueError("grow=gradient: no batch was kept before this rewiring")
+
+    def scores(first: int, last: int) -> Tensor:
+        total = torch.zeros(last - first, classifier.tail_slice.width, device=tail.weight.device)
+        for x_ND, positives in kept:
+            total += gradient_scores(x_ND, positives, tail, classifier.config.loss, first, last)  # type: ignore[arg-type]
+        return total
+
+    return scores
 
 
 def lowest_per_group(scores_TF: Tensor, fraction: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from haste_dist.classifier import Classifier
 from haste_dist.collectives import gather_rows, scatter_rows, sum_over_ranks
 from haste_dist.engine import EncoderEngine
+from haste_dist.errors import HasteError
 from haste_dist.loader import Batch
 from haste_dist.world import World
 from haste_kernels import merge_topk
@@ -29,8 +30,12 @@ def train_step(
     step: int,
     seed: int,
     want_loss: bool = False,
+    keep: bool = False,
 ) -> Tensor | None:
-    """Steps the output layer, and the encoder where an accumulation ends. Returns the loss of the global batch if wanted."""
+    """Steps the output layer, and the encoder where an accumulation ends. Returns the loss of the global batch if wanted.
+
+    ``keep``: the output layer keeps the batch for the next rewiring. Raises HasteError for a gradient that is not finite.
+    """
     device = world.device
     # Dropout inside the encoder is a function of (seed, step, rank): a resumed run draws what an unbroken one would.
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + world.rank)
@@ -38,9 +43,12 @@ def train_step(
     x_ND = gather_rows(x_BD.detach(), batch.rows, world)
     labels_NM = gather_rows(batch.label_rows.to(device, non_blocking=True), batch.rows, world)
     dx_ND, loss = classifier.step(x_ND, labels_NM, lr_output, step, want_loss)
+    if keep:
+        classifier.keep(x_ND, labels_NM, step)
     dx_BD = scatter_rows(dx_ND, x_BD.shape[0], world)
     engine.backward(x_BD, dx_BD)
-    engine.step(lr_encoder)
+    if not engine.step(lr_encoder):
+        raise HasteError(f"the gradient of the encoder was not finite at step {step + 1}; resume with lower encoder.lr or output.lr")
     return sum_over_ranks(loss, world) if loss is not None else None
 
 

@@ -24,7 +24,7 @@ from haste_dist.evaluate import evaluate_texts
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE
 from haste_dist.loader import BatchMaker, TrainingBatches, open_texts
 from haste_dist.model import Prepared, check_features, make_classifier, make_encoder, open_prepared, prior_bias, save_encoder_folder
-from haste_dist.rewire import rewire
+from haste_dist.rewire import keeps_batch, rewire
 from haste_dist.runlog import RunLog
 from haste_dist.schedule import due, rewire_fraction, warmup_cosine
 from haste_dist.sharding import batch_share
@@ -180,6 +180,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
                 step=step,
                 seed=config.run.seed,
                 want_loss=logged,
+                keep=keeps_batch(config.rewire, state.step, plan.total),
             )
             fraction = rewire_fraction(state.step, plan.total, config.rewire.interval, config.rewire.until, config.rewire.fraction)
             if fraction:

@@ -3,13 +3,14 @@
 from haste_kernels.head_step import head_step
 from haste_kernels.initial import uniform
 from haste_kernels.linear import FixedFanInLinear, GroupSharedLinear, group_shared_linear
-from haste_kernels.rewire import connection_scores, index_dtype, prune_and_regrow, random_features
+from haste_kernels.rewire import FeatureScores, connection_scores, gradient_scores, index_dtype, prune_and_regrow, random_features
 from haste_kernels.rounding import stochastic_round
 from haste_kernels.state import HeadState, Loss, Positives, StepArgs, TailState
 from haste_kernels.tail_step import tail_step
 from haste_kernels.topk import merge_topk, topk
 
 __all__ = [
+    "FeatureScores",
     "FixedFanInLinear",
     "GroupSharedLinear",
     "HeadState",
@@ -18,6 +19,7 @@ __all__ = [
     "StepArgs",
     "TailState",
     "connection_scores",
+    "gradient_scores",
     "group_shared_linear",
     "head_step",
     "index_dtype",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from haste_kernels.rewire import index_dtype
+from haste_kernels.rewire import FeatureScores, index_dtype
 from haste_kernels.rounding import FEATURES, MOMENTUM, REGROW, WEIGHT, random_words, stochastic_round
 from haste_kernels.state import HeadState, Loss, Positives, StepArgs, TailState
 
@@ -118,19 +118,30 @@ def connection_scores(tail: TailState) -> Tensor:
     return scores
 
 
+def gradient_scores(x_ND: Tensor, positives: Positives, tail: TailState, loss: Loss, first: int, last: int) -> Tensor:
+    """(last - first, D) float64: sum over the real labels of each group of |dz^T x|, the gradient of a layer that reads all."""
+    groups, size, _ = tail.weight.shape
+    x, w = x_ND.double(), dense_tail(tail.weight, tail.index, x_ND.shape[1])
+    z, y = logits(x, w, None if tail.bias is None else tail.bias.view(-1)), targets(positives, len(x), len(w))
+    dz = loss_gradient(z, y, loss)
+    dz[:, tail.rows :] = 0
+    return (dz.T @ x).abs().view(groups, size, x.shape[1]).sum(1)[first:last]
+
+
 def random_features(first_group: int, count: int, width: int, fan_in: int, seed: int) -> Tensor:
     """(count, fan_in): the features of the ``fan_in`` smallest random keys, ascending; of equal keys the lower feature wins."""
     chosen = [sorted(_by_key(group, width, seed, 0, FEATURES)[:fan_in]) for group in range(first_group, first_group + count)]
     return torch.tensor(chosen, dtype=index_dtype(width)).view(count, fan_in)
 
 
-def prune_and_regrow(tail: TailState, prune: Tensor, width: int, seed: int, step: int) -> int:
-    """Group by group: the pruned features, weakest first, make way for the free ones of the smallest keys."""
+def prune_and_regrow(tail: TailState, prune: Tensor, width: int, seed: int, step: int, scores: FeatureScores | None = None) -> int:
+    """Group by group: the pruned features, weakest first, make way for the free ones of the smallest keys or the largest scores."""
     replaced = 0
-    scores = connection_scores(tail)
+    strength = connection_scores(tail)
     for t, old in enumerate(tail.index.tolist()):
-        fresh = [feature for feature in _by_key(tail.first_group + t, width, seed, step, REGROW) if feature not in old]
-        weakest = sorted(prune[t].nonzero().view(-1).tolist(), key=lambda slot: float(scores[t, slot]))[: len(fresh)]
+        ranked = _by_key(tail.first_group + t, width, seed, step, REGROW) if scores is None else _by_score(scores(t, t + 1)[0])
+        fresh = [feature for feature in ranked if feature not in old]
+        weakest = sorted(prune[t].nonzero().view(-1).tolist(), key=lambda slot: float(strength[t, slot]))[: len(fresh)]
         columns = {feature: slot for slot, feature in enumerate(old) if slot not in weakest}
         columns.update(dict.fromkeys(fresh[: len(weakest)], -1))
         tail.index[t] = torch.tensor(sorted(columns), dtype=tail.index.dtype)
@@ -146,6 +157,12 @@ def _by_key(group: int, width: int, seed: int, step: int, stream: int) -> list[i
     """All features below ``width``, by ascending random key of the group."""
     words = random_words(seed, step, torch.tensor([group]), -(-width // 4), stream).view(-1).tolist()
     return sorted(range(width), key=lambda feature: (words[feature], feature))
+
+
+def _by_score(scores_D: Tensor) -> list[int]:
+    """All features, the largest score first; of equal scores the lower feature."""
+    values = scores_D.tolist()
+    return sorted(range(len(values)), key=lambda feature: (-values[feature], feature))
 
 
 def _sgd_bias(bias: Tensor, momentum: Tensor | None, gradient: Tensor, args: StepArgs, rows: Tensor) -> None:

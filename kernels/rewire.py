@@ -3,17 +3,26 @@
 Random features are those with the smallest random keys, a key for each (seed, step, global group, feature): the choice is
 uniform, distinct without retries, and the same for any sharding.
 
-Letters: T groups, G rows a group, F fan-in, D embedding width.
+Regrown features are random ones too, or those that the loss asks for most (RigL's rule, for groups): the largest sum over the
+group's labels of |dloss/dw|, as if the labels read all features.
+
+Letters: N batch rows, D embedding width, T groups, G rows a group, R rows of a chunk, F fan-in.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from haste_kernels.chunks import spans
+from haste_kernels.chunks import chunks, spans
+from haste_kernels.losses import loss_and_gradient_
+from haste_kernels.products import bmm, mm, operand_dtype
 from haste_kernels.rounding import FEATURES, REGROW, random_words
-from haste_kernels.state import TailState
+from haste_kernels.state import Loss, Positives, TailState
 
 _NEVER = 1 << 62
+
+FeatureScores = Callable[[int, int], Tensor]  # (first, last): scores (last - first, D) of the features for groups first..last-1
 
 
 def index_dtype(width: int) -> torch.dtype:
@@ -45,11 +54,43 @@ def connection_scores(tail: TailState) -> Tensor:
 
 
 @torch.no_grad()
-def prune_and_regrow(tail: TailState, prune: Tensor, width: int, seed: int, step: int) -> int:
-    """Gives each connection of ``prune`` (T, F) bool a random feature that its group did not have, weight 0 and momentum 0.
+def gradient_scores(x_ND: Tensor, positives: Positives, tail: TailState, loss: Loss, first: int, last: int) -> Tensor:
+    """(last - first, D) float32: for groups first..last-1 the sum over real labels of |dloss/dw| of each feature, read or not.
 
-    In place; ``tail.index`` stays ascending, weights and momentum move along. A group has ``width`` - F free features: where
-    more are pruned, those of the lowest score are replaced and the rest stay. Returns the number replaced.
+    At the weights of now, for the loss summed over the batch, unscaled. ``positives`` are those of the whole shard, rows relative
+    to ``tail.first_row``. Costs what a dense layer's weight gradient does: 2 N D operations a label.
+    """
+    n, width = x_ND.shape
+    _, size, fan_in = tail.weight.shape
+    rows = min(tail.rows, last * size) - first * size
+    each = 4 * (fan_in * n + 3 * size * n + size * width + width)  # bytes of temporaries a group
+    x_ND = x_ND.to(operand_dtype(x_ND, tail.weight))
+    x_DN = x_ND.T.contiguous()
+    scores = torch.empty(last - first, width, dtype=torch.float32, device=x_ND.device)
+    inside = Positives(positives.batch, positives.row - first * size)
+    for start, stop, flat, weight in chunks(last - first, size, rows, each, inside, n):
+        here = slice(first + start, first + stop)
+        xg_TFN = x_DN.index_select(0, tail.index[here].reshape(-1).long()).view(-1, fan_in, n)
+        z_TGN = bmm(tail.weight[here].to(x_ND.dtype), xg_TFN)
+        if tail.bias is not None:
+            z_TGN += tail.bias[here, :, None]
+        z_RN = z_TGN.flatten(0, 1)
+        real = min(rows - start * size, len(z_RN))
+        loss_and_gradient_(z_RN[:real], flat, weight, loss, want_loss=False)
+        z_RN[real:] = 0
+        dw_RD = mm(z_RN.to(x_ND.dtype), x_ND)
+        scores[start:stop] = dw_RD.abs_().view(-1, size, width).sum(1)
+    return scores
+
+
+@torch.no_grad()
+def prune_and_regrow(tail: TailState, prune: Tensor, width: int, seed: int, step: int, scores: FeatureScores | None = None) -> int:
+    """Gives each connection of ``prune`` (T, F) bool a feature that its group did not have, weight 0 and momentum 0.
+
+    The features of the largest ``scores``, of equal ones the lower, or random ones where there are no scores; one that is pruned
+    now does not come back at once. In place; ``tail.index`` stays ascending, weights and momentum move along. A group has
+    ``width`` - F free features: where more are pruned, those of the lowest connection score are replaced and the rest stay.
+    ``scores`` is asked for a range of groups just before that range changes: (T, D) values never exist. Returns the number replaced.
     """
     groups, _, fan_in = tail.weight.shape
     free = width - fan_in
@@ -62,9 +103,12 @@ def prune_and_regrow(tail: TailState, prune: Tensor, width: int, seed: int, step
         return 0
     for start, stop in spans(groups, 64 * width + 16 * tail.weight[0].numel(), prune.device):
         cut, index = prune[start:stop], tail.index[start:stop].long()
-        keys = _keys(tail.first_group + start, stop - start, width, seed, step, REGROW, prune.device)
-        keys.scatter_(1, index, _NEVER)
-        fresh = keys.topk(most, dim=1, largest=False, sorted=True).indices
+        if scores is None:
+            keys = _keys(tail.first_group + start, stop - start, width, seed, step, REGROW, prune.device)
+            fresh = keys.scatter_(1, index, _NEVER).topk(most, dim=1, largest=False, sorted=True).indices
+        else:  # a stable sort: topk leaves open which of equal scores it takes
+            wanted = scores(start, stop).scatter(1, index, -torch.inf)
+            fresh = wanted.sort(dim=1, descending=True, stable=True).indices[:, :most]
         nth = cut.cumsum(1).sub_(1).clamp_(min=0)
         index, order = torch.where(cut, fresh.gather(1, nth), index).sort(dim=1)
         tail.index[start:stop] = index.to(tail.index.dtype)

@@ -27,6 +27,14 @@ def classifier(ranks: int, rank: int, seed: int) -> Classifier:
     return Classifier(config, label_shard(HEAD, GROUPS, SIZE, LABELS, ranks, rank), WIDTH, seed, torch.device("cpu"))
 
 
+def keep_some(layer: Classifier) -> Classifier:
+    """Two batches kept for a rewiring, the same on every rank."""
+    for step in (5, 6):
+        generator = torch.Generator().manual_seed(step)
+        layer.keep(torch.randn(4, WIDTH, generator=generator), torch.randint(-1, LABELS, (4, 3), generator=generator), step)
+    return layer
+
+
 def engine_for(folder: Path, world: World) -> EncoderEngine:
     config = make_prepared(folder, overrides=["encoder.frozen=true"]) if world.is_first else None
     if world.size > 1:
@@ -38,7 +46,12 @@ def engine_for(folder: Path, world: World) -> EncoderEngine:
 
 def save_some(world: World, folder: Path) -> None:
     checkpoint.save(
-        folder / "saved", RunState(7, 0.5, 3, 1), engine_for(folder, world), classifier(world.size, world.rank, 1), world, "order"
+        folder / "saved",
+        RunState(7, 0.5, 3, 1),
+        engine_for(folder, world),
+        keep_some(classifier(world.size, world.rank, 1)),
+        world,
+        "order",
     )
 
 
@@ -54,6 +67,8 @@ def test_rows_saved_by_three_ranks_load_on_any_number(tmp_path: Path) -> None:
             assert state == RunState(7, 0.5, 3, 1)
             for name, (tensor, _) in expected.tensors().items():
                 assert torch.equal(loaded.tensors()[name][0], tensor), name
+            for ours, theirs in zip(loaded.kept, keep_some(expected).kept, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.fixture
@@ -69,7 +84,7 @@ def refused(path: Path, said: str, fingerprint: str = "order", layer: Classifier
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["output-00000-of-00001.safetensors", "encoder.safetensors"])
+@pytest.mark.parametrize("name", ["output-00000-of-00001.safetensors", "encoder.safetensors", "kept.safetensors"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_is_named(saved: Path, name: str, damage: str) -> None:
     data = bytearray((saved / name).read_bytes())

@@ -7,13 +7,17 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from tiny import run_ranks
 from torch import Tensor
 
 from haste_dist.classifier import HEAD_DROPOUT, TAIL_DROPOUT, Classifier, select_positives
-from haste_dist.config import load_config
+from haste_dist.config import RewireConfig, load_config
 from haste_dist.errors import ConfigError
+from haste_dist.rewire import gradients, keeps_batch, rewire
+from haste_dist.schedule import rewire_fraction
 from haste_dist.sharding import label_shard
-from haste_kernels import merge_topk
+from haste_dist.world import World, join_world
+from haste_kernels import merge_topk, random_features, reference
 
 HEAD, GROUPS, SIZE, LABELS, WIDTH, N = 23, 5, 16, 23 + 5 * 16 - 3, 24, 10
 CPU = torch.device("cpu")
@@ -120,6 +124,67 @@ def test_momentum_none_holds_no_state() -> None:
 def test_settings_that_do_not_fit_the_embedding_are_named(words: tuple[str, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         classifiers(1, *words)
+
+
+def found_after_rewiring(world: World, grow: str) -> int:
+    """Groups that read the feature that tells their labels, after one rewiring of one connection in four, over all ranks.
+
+    Label r of group t is true where feature f_t of 256 exceeds a limit of its own; no group reads its f_t at first.
+    """
+    groups, width, texts = 24, 256, 64
+    config = load_config(None, ["output.group_size=16", "output.fan_in=4", "output.reduction=mean", "output.tail_dropout=0.1"]).output
+    shard = label_shard(0, groups, 16, groups * 16 - 5, world.size, world.rank)
+    layer = Classifier(config, shard, width, 5, CPU)
+    first = random_features(0, groups, width, 4, 5).long()
+    planted = torch.tensor([next(f for f in range(7 * t, width) if f not in first[t]) for t in range(groups)])
+    generator = torch.Generator().manual_seed(1)
+    for step in range(8):
+        x_ND = torch.randn(texts, width, generator=generator)
+        true_NL = (x_ND[:, planted, None] > torch.linspace(0.5, 1.5, 16)).flatten(1)[:, : shard.labels]
+        rows_NM = torch.where(true_NL, torch.arange(shard.labels), -1)
+        layer.step(x_ND, rows_NM, 0.1, step)
+        if step >= 4:
+            layer.keep(x_ND, rows_NM, step)
+    rewire(layer, RewireConfig(grow=grow), 0.25, 8, world)
+    assert layer.kept == []
+    mine = planted[shard.group_start : shard.group_stop]
+    assert not (first[shard.group_start : shard.group_stop] == mine[:, None]).any()
+    return int((layer.tail.index.long() == mine[:, None]).sum())
+
+
+def found_by_two_ranks(world: World) -> None:
+    assert found_after_rewiring(world, "gradient") == 12
+
+
+def test_gradients_find_the_feature_that_tells_the_labels_and_chance_does_not() -> None:
+    assert found_after_rewiring(join_world("cpu"), "gradient") == 24
+    assert found_after_rewiring(join_world("cpu"), "random") <= 2
+    run_ranks(2, found_by_two_ranks)
+
+
+def test_gradients_are_summed_over_the_last_batches_as_the_tail_saw_them() -> None:
+    """Two of the three batches that were kept, each with the mask of its step, on the tail's slice of the features."""
+    [layer] = classifiers(1, "output.tail_dropout=0.5", "output.tail_features=[8,24]", "output.fan_in=2")
+    x_ND, rows_NM = batch()
+    for step in range(3):
+        layer.keep(x_ND, rows_NM, step)
+    seen = [layer._masked(x_ND, layer.tail_slice, 0.5, step, TAIL_DROPOUT)[0] for step in range(3)]
+    positives = select_positives(rows_NM, layer.tail.first_row, layer.tail.rows)
+    expected = sum(reference.gradient_scores(x, positives, layer.tail, "bce", 1, 4) for x in seen[1:])
+    torch.testing.assert_close(gradients(layer, 2)(1, 4).double(), expected, rtol=1e-5, atol=1e-5)
+    layer.kept.clear()
+    with pytest.raises(ValueError, match="no batch was kept"):
+        gradients(layer, 2)
+
+
+@given(st.integers(0, 12), st.integers(1, 15), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.25]))
+def test_batches_are_kept_only_where_a_rewiring_follows(interval: int, batches: int, until: float, fraction: float) -> None:
+    config = RewireConfig(interval=interval, batches=batches, until=until, fraction=fraction, grow="gradient")
+    steps = range(1, 41)
+    due = [step for step in steps if rewire_fraction(step, 40, interval, until, fraction)]
+    expected = {step for step in steps if any(step <= when < step + batches and step > when - interval for when in due)}
+    assert {step for step in steps if keeps_batch(config, step, 40)} == expected
+    assert not any(keeps_batch(dataclasses.replace(config, grow="random"), step, 40) for step in steps)
 
 
 @given(st.lists(st.lists(st.integers(-1, 30), min_size=3, max_size=3), min_size=1, max_size=8), st.integers(0, 20), st.integers(0, 20))

@@ -9,7 +9,7 @@ from tiny import check_restored_engine, make_prepared, run_ranks
 from torch import Tensor
 
 from haste_dist.config import Config
-from haste_dist.errors import CheckpointError, HasteError
+from haste_dist.errors import CheckpointError
 from haste_dist.world import World
 
 ROWS = 13  # of a global batch: no number of ranks divides it
@@ -176,7 +176,7 @@ def test_a_frozen_encoder_has_no_optimizer_and_does_not_move(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, precision: str, value: float) -> None:
+def test_a_gradient_that_is_not_finite_is_told(tmp_path: Path, precision: str, value: float) -> None:
     config = make_prepared(tmp_path, overrides=[f"encoder.precision={precision}"])
     run_ranks(1, step_on_a_bad_gradient, config, value)
 
@@ -193,8 +193,4 @@ def step_on_a_bad_gradient(world: World, config: Config, value: float) -> None:
         if bad:
             dx_BD[0, 0] = value
         engine.backward(x_BD, dx_BD)
-        if bad:
-            with pytest.raises(HasteError, match="the encoder's gradient is not finite"):
-                engine.step(1e-3)
-        else:
-            engine.step(1e-3)
+        assert engine.step(1e-3) is not bad

@@ -48,7 +48,10 @@ def test_one_two_and_four_ranks_train_the_same_model(tmp_path: Path) -> None:
     words = [f"train.max_steps={STEPS}", "output.bias=true", "output.tail_dropout=0.2", "encoder.zero=1"]
     prime = make_prepared(tmp_path / "prime", labels=101, texts=187, overrides=words)
     even = make_prepared(
-        tmp_path / "even", labels=160, texts=192, overrides=[*words, "rewire.prune=global", "output.loss=squared_hinge", "output.lr=0.05"]
+        tmp_path / "even",
+        labels=160,
+        texts=192,
+        overrides=[*words, "rewire.prune=global", "rewire.grow=gradient", "output.loss=squared_hinge", "output.lr=0.05"],
     )
     runs: dict[int, list[Config]] = {}
     for ranks in (1, 2, 4):
@@ -79,8 +82,11 @@ def test_one_two_and_four_ranks_train_the_same_model(tmp_path: Path) -> None:
                 torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_a_resumed_run_repeats_the_unbroken_one_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("grow", ["random", "gradient"])
+def test_a_resumed_run_repeats_the_unbroken_one_exactly(tmp_path: Path, grow: str) -> None:
+    """With gradients the stop after 20 steps falls among the four batches that the rewiring after 21 looks at; it replaces 3 of 8."""
     words = ["encoder.dropout=0.1", "output.head_dropout=0.2", "train.accumulation=2", "output.weight_dtype=bfloat16"]
+    words += ["output.tail_dropout=0.1", "rewire.until=1", "rewire.fraction=0.9", f"rewire.grow={grow}"]
     unbroken = make_prepared(tmp_path, overrides=words)
     world = join_world("cpu")
     train(unbroken, world)
@@ -89,6 +95,8 @@ def test_a_resumed_run_repeats_the_unbroken_one_exactly(tmp_path: Path) -> None:
     for stop in (8, 20, 0):  # a stop after 8 steps, one after 20, then to the end
         broken.train.max_steps = stop
         train(broken, world)
+        kept = list((Path(broken.run.folder) / "checkpoints").glob(f"step-{stop:08d}/kept.safetensors"))
+        assert len(kept) == (stop == 20 and grow == "gradient")
     assert [e["step"] for e in read_events(broken.run.folder) if e["event"] == "start"] == [0, 8, 20]
     assert read_losses(broken.run.folder) == read_losses(unbroken.run.folder)
     left, right = final_tensors(broken.run.folder), final_tensors(unbroken.run.folder)
@@ -136,9 +144,10 @@ def test_one_rank_stops_all_at_the_same_step() -> None:
     run_ranks(2, vote_from_one_rank)
 
 
-def test_an_infinite_loss_stops_the_run_with_its_step(tmp_path: Path) -> None:
-    config = make_prepared(tmp_path, overrides=["output.lr=1e30"])
-    with pytest.raises(HasteError, match=r"the loss became (nan|inf) at step \d+"):
+@pytest.mark.parametrize(("frozen", "what"), [(False, "the gradient of the encoder was not finite"), (True, "the loss became (nan|inf)")])
+def test_numbers_that_are_not_finite_stop_the_run_with_its_step(tmp_path: Path, frozen: bool, what: str) -> None:
+    config = make_prepared(tmp_path, overrides=["output.lr=1e30", f"encoder.frozen={frozen}"])
+    with pytest.raises(HasteError, match=rf"{what} at step \d+"):
         train(config, join_world("cpu"))
 
 
