@@ -99,7 +99,7 @@ def _tensor_cores(x: Tensor) -> bool:
     """Whether the kernels of gluon_linear.py can run: they need half precision, but in the interpreter."""
     if gluon_linear is None:
         return False
-    return INTERPRETED or (x.dtype in HALF and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0))
+    return INTERPRETED or (x.dtype in HALF and torch.version.hip is None and torch.cuda.get_device_capability(_gpu(x.device)) >= (8, 0))
 
 
 def supported(x: Tensor, weight: Tensor) -> bool:
@@ -246,7 +246,7 @@ def forward(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, rows:
             triton_fan_in.forward(x_DN, weight, index, bias, out)
         elif config.gluon:
             units = groups * triton.cdiv(size, config.labels)
-            processors = 3 if INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
+            processors = _processors(x.device)
             gluon_linear.forward[(processors * config.resident,)](
                 x_DN, weight, index, bias, out, n, padded, rows, units, tiles, processors, max(1, processors // tiles),
                 G=size, F=fan_in, F_PADDED=_power(fan_in, 32), R=config.labels, S=config.units, B=config.batch, WARPS=config.warps,
@@ -321,6 +321,15 @@ def transposed(x: Tensor, batch: int) -> Tensor:
     x_DN = torch.zeros(width, triton.cdiv(n, batch) * batch, dtype=x.dtype, device=x.device)
     x_DN[:, :n] = x.T
     return x_DN
+
+
+def _gpu(device: torch.device) -> torch.device | None:
+    """``device``; for tensors without memory, for which kernels are only compiled, the current GPU."""
+    return None if device.type == "meta" else device
+
+
+def _processors(device: torch.device) -> int:
+    return 3 if INTERPRETED else torch.cuda.get_device_properties(_gpu(device)).multi_processor_count
 
 
 def _rows_whole(dz: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from haste_kernels import triton_tiles as tiles
 from haste_kernels import tuning
-from haste_kernels.products import operand_dtype
 from haste_kernels.state import Positives, StepArgs, TailState
+from haste_kernels.triton_tiles import operand_dtype
 
 # dx is a sum of thousands of small parts, and adding them is what bounds the step. Added in float16, they are half the bytes; a
 # sum of at most RUN parts then goes to float32. With several copies of dx the runs stay short in one launch.

@@ -1,7 +1,7 @@
 """``haste bench kernels``: correctness first, then one table of this project, its baselines, its peers and the hardware's floor.
 
 Every provider passes the gate (bench_gate) before anything is timed; one red comparison ends the run, with no speed printed. Then each
-builds its states alone in memory and is timed. Each row of the table is a record.
+builds its states alone in memory and is timed. Each row of the table is a record. With --tune, tiles are chosen before that (bench_tune).
 
 Exit status: 0 done, 1 a provider computes something wrong, 2 wrong words.
 """
@@ -19,12 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from haste_dist.records import append_record
+from haste_kernels import tuning
 from haste_launch.bench_case import STEPS, Case, Ceilings
 from haste_launch.bench_gate import Check, check_full, check_small, small_case
 from haste_launch.bench_measure import GIB, allocated, measure_ceilings, peak_gib, time_calls
 from haste_launch.bench_problem import TIMED
 from haste_launch.bench_providers import PROVIDERS, Provider, Unsupported
 from haste_launch.bench_settings import Settings, Words, settle
+from haste_launch.bench_tune import check_tunable, tune_cases
 
 TABLE_WIDTH = 132  # where the output is no terminal
 DENSE, FLOOR = "dense", "floor"
@@ -54,15 +56,23 @@ class Wrong(Exception):
 def bench_kernels(words: Words) -> int:
     """Runs the benchmark on this machine's first GPU, or on its CPU, and prints the table."""
     settings = settle(words, torch.cuda.is_available())
+    if words.tune:
+        check_tunable()
+        before = tuning.kept()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         with _progress(errors) as progress:
+            if words.tune:
+                tune_cases(settings.cases, device, settings.seconds, progress)
             rows, ceilings = run(settings, device, progress)
     except Wrong as error:
         for check in error.checks:
             errors.print(f"haste: gate: {check.what}: error {check.error:.3g}, at most {check.allowed:.3g} allowed", markup=False)
         errors.print(f"haste: {len(error.checks)} comparisons with the definition failed; no speed is shown")
+        if words.tune:
+            tuning.keep(before)
+            errors.print("the tiles chosen just now are given up: the fastest may be the wrong one")
         return WRONG
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH, highlight=False)
     console.print(table(rows, ceilings, device))

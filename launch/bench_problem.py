@@ -52,9 +52,9 @@ def state_tensors(state: HeadState | TailState) -> dict[str, Tensor]:
 
 def make_parts(case: Case, device: torch.device, integers: int = 0, padded: int = 0, seed: int = 0) -> list[Part]:
     """The parts of ``case``. ``integers``: all values are whole numbers up to this, so that scores are exact and often tie.
-    ``padded``: rows of the last sparse group that are no labels."""
+    ``padded``: rows of the last sparse group that are no labels. On the meta device there are shapes and no values."""
     dtype = getattr(torch, case.dtype)
-    random = torch.Generator(device).manual_seed(seed)
+    random = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
     x_ND = _values((case.batch, case.width), dtype, 1.0, random, integers)
     positives = zipf_positives(case.labels - padded, case.batch, seed)
     parts, first = [], 0
@@ -77,7 +77,7 @@ def zipf_positives(labels: int, batch: int, seed: int) -> Positives:
     return Positives(pairs % batch, pairs // batch)
 
 
-def _state(case: Case, shape: PartShape, first_row: int, rows: int, random: torch.Generator, integers: int) -> HeadState | TailState:
+def _state(case: Case, shape: PartShape, first_row: int, rows: int, random: torch.Generator | None, integers: int) -> HeadState | TailState:
     dtype = getattr(torch, case.dtype)
     width = shape.stop - shape.start
     groups = -(-shape.rows // case.group)
@@ -93,12 +93,17 @@ def _state(case: Case, shape: PartShape, first_row: int, rows: int, random: torc
     if not shape.sparse:
         return HeadState(weight, momentum, bias, bias_momentum, first_row)
     first_group = first_row // case.group
-    index = random_features(first_group, groups, width, case.fan_in, 0, random.device).to(index_dtype(width))
+    if random is None:
+        index = torch.empty(groups, case.fan_in, dtype=index_dtype(width), device="meta")
+    else:
+        index = random_features(first_group, groups, width, case.fan_in, 0, random.device).to(index_dtype(width))
     return TailState(weight, index, momentum, bias, bias_momentum, first_row, rows, first_group)
 
 
-def _values(size: tuple[int, ...], dtype: torch.dtype, scale: float, random: torch.Generator, integers: int = 0) -> Tensor:
+def _values(size: tuple[int, ...], dtype: torch.dtype, scale: float, random: torch.Generator | None, integers: int = 0) -> Tensor:
     """Made in place, so that no temporary outgrows the state."""
+    if random is None:
+        return torch.empty(size, dtype=dtype, device="meta")
     made = torch.empty(size, dtype=dtype, device=random.device)
     if integers:
         return made.copy_(torch.randint(-integers, integers + 1, size, generator=random, device=random.device))

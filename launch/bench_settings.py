@@ -40,6 +40,7 @@ class Words:
     bias: bool
     seconds: float
     quick: bool
+    tune: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def read_words(args: Namespace) -> Words:
         raise ConfigError(f"--seconds {args.seconds}: not a number") from None
     if not 0 <= seconds <= 3600:
         raise ConfigError(f"--seconds {args.seconds}: between 0 and 3600")
-    return Words(whats, numbers, sweeps, providers, plot, args.records, dtype, momentum, not args.no_bias, seconds, args.quick)
+    bias = not args.no_bias
+    return Words(whats, numbers, sweeps, providers, plot, args.records, dtype, momentum, bias, seconds, args.quick, args.tune)
 
 
 def settle(words: Words, cuda: bool) -> Settings:

@@ -135,6 +135,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sweep", action="append", default=[], metavar="NAME=V,V", help="vary one number alone; may be given again")
     command.add_argument("--no-bias", action="store_true", help="labels without biases")
     command.add_argument("--quick", action="store_true", help="one small shape, short measurements")
+    command.add_argument("--tune", action="store_true", help="first measure every tile of this project's kernels here and keep the fastest")
 
 
 def _positive(word: str) -> int:

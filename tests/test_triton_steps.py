@@ -5,7 +5,7 @@ Batch tiles of 32 or 64 make two or more of every batch here, and no size is a m
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -176,19 +176,18 @@ def test_the_table_has_every_group_size_and_its_tiles_fit_small_batches():
 
 def test_a_tuned_tile_is_remembered_on_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("HASTE_CACHE", str(tmp_path))
-    tuning.chosen.cache_clear()
+    tuning.forget()
     assert tuning.chosen("tail_step", "G=16", CANDIDATES) is None
-    best, time = tuning.tune("tail_step", "G=16", CANDIDATES, lambda c: 1.0 if c == CANDIDATES[5] else 2.0)
-    assert (best, time) == (CANDIDATES[5], 1.0)
-    tuning._read.cache_clear()  # as a new process would
+    tuned = tuning.tune("tail_step", "G=16", CANDIDATES, lambda c: 1.0 if c in (CANDIDATES[5], CANDIDATES[9]) else 2.0)
+    assert (tuned.best, tuned.times[tuned.best], len(tuned.times)) == (CANDIDATES[5], 1.0, len(CANDIDATES))
+    assert tuning.chosen("tail_step", "G=16", CANDIDATES) == CANDIDATES[5]
+    tuning.forget()  # as a new process would
     assert tuning.chosen("tail_step", "G=16", CANDIDATES) == CANDIDATES[5]
     tuning.path().write_text("{broken")
-    tuning._read.cache_clear()
-    tuning.chosen.cache_clear()
+    tuning.forget()
     assert tuning.chosen("tail_step", "G=16", CANDIDATES) is None
     tuning.path().write_text(json.dumps({"tail_step G=16": {"batch": 7}}))
-    tuning._read.cache_clear()
-    tuning.chosen.cache_clear()
+    tuning.forget()
     assert tuning.chosen("tail_step", "G=16", CANDIDATES) is None
 
 
@@ -201,9 +200,32 @@ def test_a_tile_that_fails_is_passed_over(tmp_path, monkeypatch):
             raise RuntimeError("out of shared memory")
         return 1.0
 
-    assert tuning.tune("tail_step", "x", CANDIDATES, milliseconds)[0] == CANDIDATES[3]
-    with pytest.raises(RuntimeError, match="none of 1 tiles runs here"):
+    assert tuning.tune("tail_step", "x", CANDIDATES, milliseconds).best == CANDIDATES[3]
+    with pytest.raises(RuntimeError, match="none of 1 tiles runs here: RuntimeError: out of shared memory"):
         tuning.tune("tail_step", "x", CANDIDATES[:1], milliseconds)
+    tuning.forget()
+
+
+def test_what_another_process_tuned_meanwhile_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("HASTE_CACHE", str(tmp_path))
+    tuning.forget()
+    tuning.remember("tail_step", "a", CANDIDATES[1])
+    assert tuning.chosen("tail_step", "a", CANDIDATES) == CANDIDATES[1]  # the file has been read
+    tuning.path().write_text(json.dumps({**json.loads(tuning.path().read_text()), "tail_step b": asdict(CANDIDATES[2])}))
+    tuning.remember("tail_step", "c", CANDIDATES[3])
+    assert [tuning.chosen("tail_step", key, CANDIDATES) for key in "abc"] == list(CANDIDATES[1:4])
+    tuning.forget()
+
+
+def test_a_step_looks_its_tile_up_without_reading_or_comparing(monkeypatch, tmp_path):
+    monkeypatch.setenv("HASTE_CACHE", str(tmp_path))
+    tuning.forget()
+    assert tuning.chosen("tail_step", "G=16", CANDIDATES) is None
+    monkeypatch.setattr(tuning, "_read", None)
+    monkeypatch.setattr(TailConfig, "__hash__", None)
+    assert tuning.chosen("tail_step", "G=16", CANDIDATES) is None
+    monkeypatch.undo()
+    tuning.forget()
 
 
 class OnGpu:
