@@ -121,7 +121,7 @@ class OutputConfig:
     momentum_dtype: str = setting("auto", "auto: as the weights", choices=("auto", "float32", "bfloat16"))
     half_sums: bool = setting(
         True,
-        "GPU kernels, bfloat16: the tail sums its gradient to the embedding in float16, at most 128 terms, then in float32; off: float32",
+        "GPU kernels, bfloat16: the tail sums its gradient to the embedding in float16, about 128 terms, then in float32; off: float32",
     )
     deterministic: bool = setting(False, "GPU kernels: that gradient is summed in a fixed order: the same bits in each run, but slower")
 

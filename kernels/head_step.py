@@ -23,7 +23,7 @@ def head_step(x_ND: Tensor, positives: Positives, head: HeadState, args: StepArg
 
     ``x_ND`` float32 or bfloat16; ``positives`` rows are relative to ``head.first_row``. On a GPU Triton kernels do it.
     """
-    if use_triton(x_ND):
+    if use_triton(x_ND) and torch.float64 not in (x_ND.dtype, head.weight.dtype):
         from haste_kernels import triton_head
 
         return triton_head.head_step(x_ND, positives, head, args, want_loss)

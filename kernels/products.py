@@ -7,8 +7,11 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def operand_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """What both operands are cast to: their own half type if they share one and lie on a GPU, else float32 (or float64) for both."""
-    if x.is_cuda and x.dtype == weight.dtype and x.dtype in _HALF:
+    """What both operands are cast to: their own half type if they share one and lie on a GPU, else float32 (or float64) for both.
+
+    Tensors without memory, for which kernels are only compiled, stand for a GPU's.
+    """
+    if (x.is_cuda or x.is_meta) and x.dtype == weight.dtype and x.dtype in _HALF:
         return x.dtype
     return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
 

@@ -31,7 +31,7 @@ def tail_step(x_ND: Tensor, positives: Positives, tail: TailState, args: StepArg
     if use_triton(x_ND):
         from haste_kernels import triton_tail
 
-        if triton_tail.takes(tail):
+        if triton_tail.takes(x_ND, tail):
             return triton_tail.tail_step(x_ND, positives, tail, args, want_loss)
     return plain_tail_step(x_ND, positives, tail, args, want_loss)
 

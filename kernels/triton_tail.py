@@ -20,11 +20,12 @@ from torch import Tensor
 
 from haste_kernels import triton_tiles as tiles
 from haste_kernels import tuning
+from haste_kernels.products import operand_dtype
 from haste_kernels.state import Positives, StepArgs, TailState
-from haste_kernels.triton_tiles import operand_dtype
 
 # dx is a sum of thousands of small parts, and adding them is what bounds the step. Added in float16, they are half the bytes; a
-# sum of at most RUN parts then goes to float32. With several copies of dx the runs stay short in one launch.
+# sum of about RUN parts (where groups read features evenly; a feature that all groups read has D / F times as many) then goes to
+# float32. With several copies of dx the runs stay short in one launch.
 RUN, COPIES_BYTES = 128, 24 << 20
 SCRATCH_BYTES = 256 << 20  # what the deterministic mode may take beside the states
 
@@ -306,10 +307,10 @@ def tail_step(
     return dx_ND, None if loss is None else loss.sum(dtype=torch.float64).mul_(args.scale).float()
 
 
-def takes(tail: TailState) -> bool:
-    """Whether these kernels are made for the state's G and F; plain torch takes any."""
+def takes(x_ND: Tensor, tail: TailState) -> bool:
+    """Whether these kernels are made for the state's G, F and types; plain torch takes any."""
     _, size, fan_in = tail.weight.shape
-    return size in TABLE and 16 <= fan_in <= 256
+    return size in TABLE and 16 <= fan_in <= 256 and torch.float64 not in (x_ND.dtype, tail.weight.dtype)
 
 
 def key(tail: TailState, n: int) -> str:

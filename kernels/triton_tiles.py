@@ -4,23 +4,16 @@ Each is the Triton twin of a definition in plain torch: ``rounding.py`` (the sam
 ``losses.py``. Letters: R rows and C columns of a tile, N batch rows, P positives.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from haste_kernels import products, rounding
+from haste_kernels import rounding
 
 ROUNDS = tl.constexpr(rounding.ROUNDS)
 WEIGHT = tl.constexpr(rounding.WEIGHT)
 MOMENTUM = tl.constexpr(rounding.MOMENTUM)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, where inline assembly does not run
 POSITIVES = tl.constexpr(16)  # positives that one small matrix product places in a tile: the least inner size of tl.dot
-
-
-def operand_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """As products.operand_dtype; tensors without memory, for which kernels are only compiled, stand for a GPU's."""
-    return x.dtype if x.is_meta and x.dtype == weight.dtype else products.operand_dtype(x, weight)
 
 
 @triton.jit

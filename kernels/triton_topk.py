@@ -16,9 +16,9 @@ from torch import Tensor
 
 from haste_kernels import triton_maxima as maxima
 from haste_kernels import tuning
+from haste_kernels.products import operand_dtype
 from haste_kernels.state import HeadState, TailState
 from haste_kernels.triton_choose import LIST, choose, rank
-from haste_kernels.triton_tiles import operand_dtype
 
 CHUNK_BYTES = 128 << 20  # of block maxima: half a billion logits a chunk
 CHUNK_SPANS = 4096  # a program holds one number for each span of a chunk

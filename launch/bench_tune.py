@@ -100,7 +100,7 @@ def _tail_step(part: Part) -> list[Tunable]:
     from haste_kernels import triton_tail as kernels
 
     tail, n = part.state, len(part.x_ND)
-    if not isinstance(tail, TailState) or not kernels.takes(tail):
+    if not isinstance(tail, TailState) or not kernels.takes(part.x_ND, tail):
         return []
     default = kernels.default_config(tail.weight.shape[1], tail.weight.shape[2], n)
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from haste_kernels import HeadState, Positives, StepArgs, TailState, backend, random_features, reference, tuning
 from haste_kernels.triton_head import head_step
-from haste_kernels.triton_tail import CANDIDATES, TABLE, TailConfig, default_config, tail_step
+from haste_kernels.triton_tail import CANDIDATES, TABLE, TailConfig, default_config, tail_step, takes
 
 ARGS = StepArgs(lr=0.05, scale=0.5, momentum=0.9, weight_decay=1e-3, seed=2**40 + 5, step=9)
 FIRST_ROW = 2**33 + 3
@@ -137,6 +137,14 @@ def test_a_tail_without_groups_has_no_gradient():
     dx, loss = tail_step(torch.randn(5, 50), make_positives(0, 5, 0.0), tail, ARGS, want_loss=True)
     assert torch.equal(dx, torch.zeros(5, 50))
     assert float(loss) == 0
+
+
+def test_what_the_tail_kernel_leaves_to_plain_torch():
+    x_ND = torch.randn(5, 50)
+    assert takes(x_ND, make_tail(1, 16, 32, 50, 0))
+    assert not takes(x_ND.double(), make_tail(1, 16, 32, 50, 0))
+    assert not takes(x_ND, make_tail(1, 8, 32, 50, 0))
+    assert not takes(x_ND, make_tail(1, 16, 8, 50, 0))
 
 
 def test_padding_beyond_the_last_group_is_refused():

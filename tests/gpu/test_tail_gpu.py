@@ -150,7 +150,7 @@ def test_long_sums_are_cut_into_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     truth, whole = copy.deepcopy(tail), copy.deepcopy(tail)
     true_dx, _ = reference.tail_step(x_ND, positives, truth, ARGS)
     short, _ = tail_step(x_ND, positives, tail, ARGS)
-    monkeypatch.setattr("haste_kernels.triton_tail.COPIES_BYTES", 1)  # one copy, so three launches of at most 128 parts a feature
+    monkeypatch.setattr("haste_kernels.triton_tail.COPIES_BYTES", 1)  # one copy, so more launches than one
     monkeypatch.setattr("haste_kernels.triton_tail.RUN", 24)
     cut, _ = tail_step(x_ND, positives, whole, ARGS)
     assert torch.equal(tail.weight, whole.weight)
