@@ -146,7 +146,13 @@ class RewireConfig:
 @dataclass
 class TrainConfig:
     batch_size: int = setting(256, "texts a step over all ranks together (a micro-batch where accumulation > 1)", low=1)
-    accumulation: int = setting(1, "micro-batches an encoder update; the output layer steps at each of them", low=1)
+    accumulation: int = setting(1, "micro-batches an encoder update", low=1)
+    classifier_step: str = setting(
+        "micro",
+        "where accumulation > 1: the output layer steps at each micro-batch, or once on all of them together (global: as without"
+        " accumulation at that batch size, but in the memory of a micro-batch; all forward passes but one run twice; a step is an update)",
+        choices=("micro", "global"),
+    )
     epochs: float = setting(10.0, "passes over the training texts; a fraction is allowed", low=0.0)
     max_steps: int = setting(0, "stop after this many steps (0: by epochs); the schedules still span the epochs", low=0)
     warmup: float = setting(0.05, "part of training in which both learning rates rise from 0", low=0.0, high=1.0)

@@ -105,4 +105,4 @@ def encoder_settings_of(config: Config, run: Path) -> EncoderConfig:
 
 def frozen_engine(config: Config, encoder: Encoder, world: World) -> EncoderEngine:
     """The encoder for scoring only: no optimizer."""
-    return EncoderEngine(encoder, dataclasses.replace(config.encoder, frozen=True), world, rows=1)
+    return EncoderEngine(encoder, dataclasses.replace(config.encoder, frozen=True), world)
