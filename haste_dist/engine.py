@@ -174,6 +174,7 @@ def _deepspeed_engine(flat: FlatModule, config: EncoderConfig, dtype: torch.dtyp
             "zero_optimization": {**zero, "compute_grad_norm": False} if stage else zero,
             # DeepSpeed's own check would skip a bad step without a word.
             "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
+            "timers": {"throughput": {"enabled": False}},  # it waits for the GPU before each forward pass and after each update
             "steps_per_print": 2**62,
         },
     )

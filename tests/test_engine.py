@@ -161,6 +161,24 @@ def test_a_restored_engine_takes_the_same_next_step(tmp_path: Path, precision: s
     check_restored_engine(make_prepared(tmp_path, overrides=[f"encoder.precision={precision}"]), join_world("cpu"))
 
 
+@pytest.mark.parametrize("words", ["encoder.zero=0", "encoder.zero=1", "encoder.zero=2", "encoder.precision=bfloat16"])
+def test_deepspeed_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    """What can be seen of it without a GPU (tests/gpu/test_step_gpu.py sees the rest): its timers, and its overlap_comm."""
+    from deepspeed.accelerator import get_accelerator
+
+    from haste_dist.world import join_world
+
+    config, waits = make_prepared(tmp_path, overrides=[words]), []
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *_: waits.append(1))
+    engine = stepped(config, join_world("cpu"), 0.1)[0]
+    for step in range(4):  # the timers start with the third update
+        input_ids = torch.randint(2, 9, (4, 5))
+        x_BD = engine.forward(input_ids, torch.ones_like(input_ids))
+        engine.backward(x_BD, torch.ones_like(x_BD))
+        engine.step(1e-3, step)
+    assert not waits
+
+
 def test_a_frozen_encoder_has_no_optimizer_and_does_not_move(tmp_path: Path) -> None:
     from haste_dist.world import join_world
 
