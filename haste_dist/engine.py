@@ -32,6 +32,8 @@ class EncoderEngine:
         self.dtype = getattr(torch, precision)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every batch shape: milliseconds a call on the host
         self.module = encoder.to(world.device)
+        if config.compile:
+            encoder.compile(dynamic=True)
         self.width = encoder.width
         self._engine = None
         if config.frozen:
