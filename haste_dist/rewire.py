@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from haste_dist.classifier import Classifier, select_positives
+from haste_dist.classifier import Classifier, counted_from, sort_positives
 from haste_dist.collectives import sum_over_ranks
 from haste_dist.config import RewireConfig
 from haste_dist.schedule import rewire_fraction
@@ -64,7 +64,7 @@ def keeps_batch(config: RewireConfig, step: int, total: int) -> bool:
 def gradients(classifier: Classifier, batches: int) -> FeatureScores:
     """Scores of features: |dloss/dw| over the labels of a group, at the weights of now, summed over the last ``batches`` kept."""
     tail = classifier.tail
-    kept = [(x, select_positives(rows, tail.first_row, tail.rows)) for x, rows in classifier.kept[-batches:]]
+    kept = [(x, counted_from(sort_positives(rows), tail.first_row)) for x, rows in classifier.kept[-batches:]]
     if not kept:
         raise ValueError("grow=gradient: no batch was kept before this rewiring")
 
