@@ -14,6 +14,7 @@ from haste_dist.classifier import Classifier
 from haste_dist.collectives import gather_rows, scatter_rows, sum_over_ranks
 from haste_dist.engine import EncoderEngine
 from haste_dist.errors import HasteError
+from haste_dist.guards import ADVICE, Guard
 from haste_dist.loader import Batch
 from haste_dist.world import World
 from haste_kernels import merge_topk
@@ -31,10 +32,12 @@ def train_step(
     seed: int,
     want_loss: bool = False,
     keep: bool = False,
+    guard: Guard | None = None,
 ) -> Tensor | None:
     """Steps the output layer, and the encoder where an accumulation ends. Returns the loss of the global batch if wanted.
 
-    ``keep``: the output layer keeps the batch for the next rewiring. Raises HasteError for a gradient that is not finite.
+    ``keep``: the output layer keeps the batch for the next rewiring; ``guard`` looks at the embeddings and their gradient.
+    Raises HasteError for a gradient that is not finite.
     """
     device = world.device
     # Dropout inside the encoder is a function of (seed, step, rank): a resumed run draws what an unbroken one would.
@@ -43,12 +46,17 @@ def train_step(
     x_ND = gather_rows(x_BD.detach(), batch.rows, world)
     labels_NM = gather_rows(batch.label_rows.to(device, non_blocking=True), batch.rows, world)
     dx_ND, loss = classifier.step(x_ND, labels_NM, lr_output, step, want_loss)
+    if guard is not None:
+        guard.watch(step + 1, batch, **{"the embedding": x_BD, "its gradient": dx_ND})
     if keep:
         classifier.keep(x_ND, labels_NM, step)
     dx_BD = scatter_rows(dx_ND, x_BD.shape[0], world)
     engine.backward(x_BD, dx_BD)
     if not engine.step(lr_encoder):
-        raise HasteError(f"the gradient of the encoder was not finite at step {step + 1}; resume with lower encoder.lr or output.lr")
+        problem = f"the gradient of the encoder was not finite at step {step + 1}"
+        if guard is not None:
+            guard.settle(problem)  # raises with what it saw
+        raise HasteError(f"{problem}; {ADVICE}")
     return sum_over_ranks(loss, world) if loss is not None else None
 
 

@@ -34,6 +34,7 @@ from haste_dist.manifest import (
 from haste_dist.world import World
 
 WORDS = 200
+FULL = bool(os.environ.get("HASTE_FULL"))  # the long form of the tests that have one
 
 
 def make_tokenizer(folder: Path) -> Path:
