@@ -12,6 +12,7 @@ from haste_dist.encoder import build_encoder, load_tokenizer
 from haste_dist.errors import CheckpointError
 from haste_dist.label_groups import load_label_order
 from haste_dist.model import encoder_settings_of, frozen_engine, make_classifier
+from haste_dist.verify import check_run_files
 from haste_dist.world import join_world
 
 
@@ -23,6 +24,7 @@ class Predictor:
         run = Path(run)
         if not (run / "config.yaml").is_file():
             raise CheckpointError(f"{run}: no run folder (it has no config.yaml); haste train makes one")
+        check_run_files(run)
         config = load_config(run / "config.yaml")
         world = join_world(device)
         self.order = load_label_order(run)

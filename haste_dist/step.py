@@ -47,7 +47,7 @@ def train_step(
     labels_NM = gather_rows(batch.label_rows.to(device, non_blocking=True), batch.rows, world)
     dx_ND, loss = classifier.step(x_ND, labels_NM, lr_output, step, want_loss)
     if guard is not None:
-        guard.watch(step + 1, batch, **{"the embedding": x_BD, "its gradient": dx_ND})
+        guard.watch(step + 1, batch, **{"x (embeddings)": x_BD, "dx (their gradient)": dx_ND})
     if keep:
         classifier.keep(x_ND, labels_NM, step)
     dx_BD = scatter_rows(dx_ND, x_BD.shape[0], world)

@@ -33,6 +33,7 @@ from haste_dist.saver import Saved, Saver
 from haste_dist.schedule import due, rewire_fraction, warmup_cosine
 from haste_dist.sharding import batch_share
 from haste_dist.step import train_step
+from haste_dist.verify import check_data, seal_run
 from haste_dist.world import World
 
 CHECKPOINTS = "checkpoints"
@@ -90,6 +91,9 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
     """Trains until the epochs are over, patience runs out, or ``wants_stop`` turns true on any rank. Every rank calls it."""
     config = make_deterministic(config) if config.run.deterministic else config
     prepared = check_run(config)
+    with same_error(world):
+        if world.is_first:
+            check_data(prepared.folder)
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, bias_init=prior_bias(config, prepared.manifest)))
     run = Path(config.run.folder)
     saved = run / CHECKPOINTS
@@ -109,6 +113,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
         save_encoder_folder(run, encoder, config)
         for name in (LABELS_FILE, GROUPS_FILE):  # predict needs no prepared folder
             shutil.copyfile(prepared.folder / name, run / name)
+        seal_run(run)
     rows = batch_share(config.train.batch_size, world.size, world.rank)[2]
     engine = EncoderEngine(encoder, config.encoder, world, rows, config.train.accumulation)
     state, start = RunState(), checkpoint.newest(saved)

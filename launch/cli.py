@@ -64,6 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--output", metavar="FILE", help="write .jsonl or .parquet instead of printing")
     predict.add_argument("-k", type=_positive, default=5, metavar="K", help="labels a text (default 5)")
 
+    verify = commands.add_parser(
+        "verify",
+        help="check a folder's files",
+        description="Check every checksum, shape and range of a run, of prepared data or a checkpoint.",
+    )
+    verify.add_argument("folder", metavar="RUN|DATA", help="a run folder, a prepared folder, or one checkpoint")
+
     plot = commands.add_parser("plot", help="draw a run's curves", description="Draw loss, metrics, churn and step time as a PNG.")
     plot.add_argument("run", metavar="RUN", help=RUN)
 
