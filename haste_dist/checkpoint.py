@@ -58,7 +58,7 @@ def load(checkpoint: Path, engine: EncoderEngine | None, classifier: Classifier,
     page = read_page(checkpoint)
     if page["label_order"] != fingerprint:
         raise CheckpointError(f"{checkpoint}: belongs to another label order than the prepared folder's; use the data it was trained with")
-    verify_files(checkpoint, page, (name for name in page["files"] if not name.startswith("output-")))
+    verify_files(checkpoint, page, (name for name in page["files"] if not name.startswith("output")))
     try:
         if engine is not None:
             engine.load_state(load_file(checkpoint / ENCODER), load_file(checkpoint / OPTIMIZER))
@@ -157,7 +157,7 @@ def load_rows(checkpoint: Path, page: dict, classifier: Classifier) -> None:
     """Fills each tensor of this rank's shard from whichever files hold its rows. Raises CheckpointError, SafetensorError."""
     wanted = classifier.tensors()
     filled = dict.fromkeys(wanted, 0)
-    for path in (checkpoint / name for name in page["files"] if name.startswith("output-")):
+    for path in (checkpoint / name for name in page["files"] if name.startswith("output")):
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; {MEND}")
         with safe_open(path, framework="pt") as file:

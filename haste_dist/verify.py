@@ -22,7 +22,7 @@ from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, ORDER_SCHEMA, Labe
 from haste_dist.manifest import FILTER_SCHEMA, LABEL_SCHEMA, LABEL_TEXTS, MANIFEST, Manifest, Shard, open_split, read_arrow, read_manifest
 from haste_dist.sealed import CHECKSUMS, check_file, check_folder, read_checksums, seal_folder
 
-CONFIG, ENCODER_FOLDER = "config.yaml", "encoder"
+CONFIG, EXPORTED, ENCODER_FOLDER = "config.yaml", "output.safetensors", "encoder"
 PREPARE_AGAIN, TRAIN_AGAIN = "run haste prepare again", "haste train with the same settings writes it again"
 PIECE = 2**26  # numbers looked at at once
 P = ParamSpec("P")
@@ -61,6 +61,9 @@ def verify(folder: str | Path) -> list[str]:
     folder, found = Path(folder), Findings()
     if (folder / MANIFEST).exists() or (folder / LABEL_TEXTS).exists():
         _verify_data(folder, found)
+    elif (folder / EXPORTED).exists():
+        _verify_sealed(folder, found, "run haste export again")
+        found.check(folder / LABELS_FILE, _check_order, folder)
     elif (folder / CONFIG).exists() or (folder / "checkpoints").exists():
         _verify_run(folder, found)
     elif (folder / PAGE).exists() or STEP_NAME.fullmatch(folder.name):

@@ -17,6 +17,7 @@ USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 OVERRIDES = "settings that replace the file's, such as train.epochs=3 (haste config lists all)"
 CONFIG = "a YAML file, or the name of a shipped one (demo, wordnet, ...)"
 RUN = "the run folder that haste train wrote"
+CHECKPOINT = "best (default), last, or a name such as step-00001200"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +64,15 @@ def build_parser() -> argparse.ArgumentParser:
     texts.add_argument("--input", metavar="FILE", help="texts to read: .txt (one a line), .jsonl or .parquet")
     predict.add_argument("--output", metavar="FILE", help="write .jsonl or .parquet instead of printing")
     predict.add_argument("-k", type=_positive, default=5, metavar="K", help="labels a text (default 5)")
+
+    export = commands.add_parser(
+        "export",
+        help="a run as one portable folder",
+        description="Write a trained run as one folder that needs neither the run nor its data.",
+    )
+    export.add_argument("run", metavar="RUN", help=RUN)
+    export.add_argument("out", metavar="OUT", help="folder to write; must not exist yet")
+    export.add_argument("--checkpoint", default="best", metavar="NAME", help=CHECKPOINT)
 
     verify = commands.add_parser(
         "verify",
@@ -117,7 +127,7 @@ def _run(argv: list[str]) -> int:
 def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help=RUN)
     command.add_argument("overrides", metavar="a.b=c", nargs="*", help=OVERRIDES)
-    command.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), last, or a name such as step-00001200")
+    command.add_argument("--checkpoint", default="best", metavar="NAME", help=CHECKPOINT)
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:

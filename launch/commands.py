@@ -87,6 +87,14 @@ def predict(args: Namespace) -> int:
     return 0
 
 
+def export(args: Namespace) -> int:
+    run_config(args.run, [])
+    from haste_dist.export import export as export_run
+
+    print(export_run(args.run, args.out, args.checkpoint))
+    return 0
+
+
 def verify(args: Namespace) -> int:
     from haste_dist.verify import verify as verify_folder
 
