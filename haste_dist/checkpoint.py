@@ -1,38 +1,35 @@
-"""Checkpoints that any number of ranks can read, published in one step, without pickle.
+"""What a checkpoint is, and how any number of ranks reads one, without pickle. ``saver`` writes them.
 
 checkpoints/
   step-00001200/              complete if it is there: it is written under another name and renamed
-    state.json                where the run stands, and the sha256 of every other file
+    state.json                where the run stands, size and sha256 of every other file, and a checksum of itself
     encoder.safetensors       float32 weights by name, whole
     optimizer.safetensors     AdamW moments by weight name, whole
     output-00000-of-00002.safetensors   the label rows of one rank; metadata: the global position of each tensor
     kept.safetensors          batches kept for the next rewiring, where there are some (rewire.grow=gradient)
-  last.json, best.json        {"step": 1200}
+  last.json, best.json        {"step": 1200}, with a checksum
 """
 
-import dataclasses
-import hashlib
 import json
-import os
-import shutil
-from contextlib import suppress
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from haste_dist.classifier import Classifier
-from haste_dist.collectives import barrier
 from haste_dist.engine import EncoderEngine
-from haste_dist.errors import CheckpointError
-from haste_dist.world import World
+from haste_dist.errors import CheckpointError, HasteError
+from haste_dist.manifest import atomic_file
+from haste_dist.sealed import check_file, seal, unseal
 
-SCHEMA_VERSION = 1
-CHUNK = 2**24
-KEPT = "kept.safetensors"
+SCHEMA_VERSION = 2
+PAGE, ENCODER, OPTIMIZER, KEPT = "state.json", "encoder.safetensors", "optimizer.safetensors", "kept.safetensors"
+STEP_NAME = re.compile(r"step-\d{8,}")
+PIECE = 2**28  # bytes of rows read at once
+MEND = "delete the folder to use an earlier checkpoint"
 
 
 @dataclass
@@ -45,219 +42,163 @@ class RunState:
     worse: int = 0  # evaluations since the best one
 
 
-def save(folder: Path, state: RunState, engine: EncoderEngine, classifier: Classifier, world: World, fingerprint: str) -> Path:
-    """Writes ``folder``/step-N; every rank calls it. ``fingerprint`` names the label order that the rows follow.
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
 
-    Raises CheckpointError on every rank if any rank could not write or holds a number that is not finite; the earlier checkpoints
-    stay as they are.
+
+def rows_file(rank: int, ranks: int) -> str:
+    return f"output-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def load(checkpoint: Path, engine: EncoderEngine | None, classifier: Classifier, fingerprint: str) -> RunState:
+    """Reads what ``Saver`` wrote into ``engine`` and ``classifier``, at any number of ranks; nothing is used before its checksum is right.
+
+    Of the label rows a rank reads, and checks, only the files that hold its own. Raises CheckpointError.
     """
-    final = folder / f"step-{state.step:08d}"
-    partial = folder / f".partial-{state.step:08d}"
-    weights, moments = engine.state()
-    tensors = classifier.tensors()
-    lower = f"not finite at step {state.step}; resume with lower encoder.lr or output.lr"
-    broken = _find_not_finite({**weights, **{name: tensor for name, (tensor, _) in tensors.items()}})
-    _agree(f"{broken} is {lower}" if broken else "", f"a tensor of another rank is {lower}", world)
-    if world.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
-    barrier(world)
-    problem = ""
-    try:
-        if world.is_first:
-            _write(partial / "encoder.safetensors", weights, {})
-            _write(partial / "optimizer.safetensors", moments, {})
-            if classifier.kept:  # a few MB, the same on all ranks
-                _write(partial / KEPT, _name_kept(classifier), {})
-        positions = {name: str(start) for name, (_, start) in tensors.items()}
-        name = f"output-{world.rank:05d}-of-{world.size:05d}.safetensors"
-        _write(partial / name, {key: tensor.cpu().contiguous() for key, (tensor, _) in tensors.items()}, positions)
-    except OSError as error:
-        problem = f"{partial}: {error.strerror or error} (rank {world.rank}); free some space and resume"
-    try:
-        _agree(problem, "another rank failed to write; free some space and resume", world)
-    except CheckpointError:
-        if world.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if world.is_first:
-        files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-        page = {"schema_version": SCHEMA_VERSION, "label_order": fingerprint, "state": dataclasses.asdict(state), "files": files}
-        _write_json(partial / "state.json", page)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _sync(folder)
-        point(folder, "last", state.step)
-    barrier(world)
-    return final
-
-
-def load(checkpoint: Path, engine: EncoderEngine | None, classifier: Classifier, fingerprint: str, verify: bool = True) -> RunState:
-    """Reads what ``save`` wrote into ``engine`` and ``classifier``, at any number of ranks. Raises CheckpointError."""
     page = read_page(checkpoint)
     if page["label_order"] != fingerprint:
         raise CheckpointError(f"{checkpoint}: belongs to another label order than the prepared folder's; use the data it was trained with")
-    if verify:
-        verify_files(checkpoint, page)
+    verify_files(checkpoint, page, (name for name in page["files"] if not name.startswith("output")))
     try:
         if engine is not None:
-            engine.load_state(load_file(checkpoint / "encoder.safetensors"), load_file(checkpoint / "optimizer.safetensors"))
-        _load_rows(checkpoint, classifier)
-        _load_kept(checkpoint, classifier)
+            engine.load_state(load_file(checkpoint / ENCODER), load_file(checkpoint / OPTIMIZER))
+        load_rows(checkpoint, page, classifier)
+        _load_kept(checkpoint, page, classifier)
         return RunState(**page["state"])
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint}: cannot be read ({error}); delete the folder to use an earlier checkpoint") from None
+    except CheckpointError:
+        verify_files(checkpoint, page)  # what does not fit may be a damaged file that this rank would not have needed
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        verify_files(checkpoint, page)
+        raise CheckpointError(f"{checkpoint}: cannot be read ({error}); {MEND}") from None
 
 
 def read_page(checkpoint: Path) -> dict:
-    """A checkpoint's state.json. Raises CheckpointError if it is missing, damaged or of another version."""
+    """A checkpoint's state.json. Raises CheckpointError if it is missing, damaged or of another version.
+
+    Version 1 had no checksum of itself and no sizes; it is read as it is, and the next save writes the current version.
+    """
+    path = checkpoint / PAGE
     try:
-        page = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        page = json.loads(data)
         version = page["schema_version"]
+        if version == 1 and "checksum" not in page:
+            page["files"] = {name: {"bytes": (checkpoint / name).stat().st_size, "sha256": value} for name, value in page["files"].items()}
+        elif version == SCHEMA_VERSION:
+            page = unseal(data)
         if not {"label_order", "state", "files"} <= set(page):
             raise KeyError("label_order, state or files")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint}: not a readable checkpoint ({error})") from None
-    if version != SCHEMA_VERSION:
-        raise CheckpointError(f"{checkpoint}: schema version {version}, this program reads {SCHEMA_VERSION}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint}: not a readable checkpoint ({PAGE}: {error}); {MEND}") from None
+    if version not in (1, SCHEMA_VERSION):
+        raise CheckpointError(f"{path}: schema version {version}, this program reads 1 to {SCHEMA_VERSION}; update haste_dist, or {MEND}")
     return page
 
 
-def verify_files(checkpoint: Path, page: dict) -> None:
-    """Compares every file with its checksum. Raises CheckpointError naming the first that differs."""
-    for name, expected in page["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; delete the folder to use an earlier checkpoint")
-        if _sha256(path) != expected:
-            raise CheckpointError(f"{path}: damaged (its checksum differs); delete the folder to use an earlier checkpoint")
+def verify_files(checkpoint: Path, page: dict, names: Iterable[str] | None = None) -> None:
+    """Compares files (default: all) with their sizes and checksums. Raises CheckpointError naming the first that differs."""
+    try:
+        for name in page["files"] if names is None else names:
+            check_file(checkpoint, name, page["files"][name], MEND)
+    except HasteError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in ``folder``, fewest steps first."""
+    found = (path for path in folder.glob("step-*") if STEP_NAME.fullmatch(path.name) and (path / PAGE).is_file())
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest(folder: Path) -> Path | None:
     """The complete checkpoint with the most steps, or None."""
-    found = sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
-    return found[-1] if found else None
+    return next(reversed(complete(folder)), None)
 
 
 def point(folder: Path, name: str, step: int) -> None:
-    """Makes ``name`` (best or last) mean the checkpoint of ``step``."""
-    partial = folder / f".{name}.json"
-    _write_json(partial, {"step": step})
-    os.replace(partial, folder / f"{name}.json")
+    """Makes ``name`` (best or last) mean the checkpoint of ``step``. Raises OSError."""
+    with atomic_file(folder / f"{name}.json") as file:
+        file.write(seal({"step": step}))
 
 
 def pointed(folder: Path, name: str) -> Path:
     """The checkpoint that ``name`` (best or last) means. Raises CheckpointError."""
+    path = folder / f"{name}.json"
     try:
-        step = int(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["step"])
+        data = path.read_bytes()
+        step = int((unseal(data) if b"checksum" in data else _unsealed_pointer(data))["step"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no usable checkpoint ({error.strerror}); train the run first") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}/{name}.json: no usable checkpoint ({error}); train the run first") from None
-    path = folder / f"step-{step:08d}"
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: missing, though {name}.json names it")
-    return path
+        names = ", ".join(p.name for p in complete(folder)) or "none"
+        raise CheckpointError(f"{path}: no usable checkpoint ({error}); name one with --checkpoint: {names}") from None
+    checkpoint = folder / folder_name(step)
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint}: missing, though {name}.json names it")
+    return checkpoint
 
 
 def resolve(folder: Path, name: str) -> Path:
     """``best``, ``last`` or a folder name such as step-00001200. Raises CheckpointError."""
     if name in ("best", "last"):
         return pointed(folder, name)
-    if not (folder / name / "state.json").is_file():
-        raise CheckpointError(
-            f"{folder / name}: no such checkpoint; there are: {', '.join(p.name for p in sorted(folder.glob('step-*'))) or 'none'}"
-        )
+    found = complete(folder)
+    if name not in [path.name for path in found]:  # so that no name leads out of the folder
+        raise CheckpointError(f"{folder / name}: no such checkpoint; there are: {', '.join(p.name for p in found) or 'none'}")
     return folder / name
 
 
-def prune(folder: Path, keep: set[int]) -> None:
-    """Deletes all checkpoints but those of the steps in ``keep``, and what interrupted saves left."""
-    for path in [*folder.glob("step-*"), *folder.glob(".partial-*")]:
-        if path.name.startswith(".") or int(path.name.removeprefix("step-")) not in keep:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _find_not_finite(tensors: dict[str, Tensor]) -> str:
-    """The name of a tensor that holds NaN or an infinity; nothing where none does."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-            return name
-    return ""
-
-
-def _agree(problem: str, elsewhere: str, world: World) -> None:
-    """Raises CheckpointError on every rank if any rank has a problem; ``elsewhere`` is what the others say."""
-    failed = torch.tensor([int(bool(problem))])
-    torch.distributed.all_reduce(failed, group=world.control)
-    if failed.item():
-        raise CheckpointError(f"could not save a checkpoint: {problem or elsewhere}")
-
-
-def _load_rows(checkpoint: Path, classifier: Classifier) -> None:
-    """Fills each tensor of this rank's shard from whichever files hold its rows."""
+def load_rows(checkpoint: Path, page: dict, classifier: Classifier) -> None:
+    """Fills each tensor of this rank's shard from whichever files hold its rows. Raises CheckpointError, SafetensorError."""
     wanted = classifier.tensors()
     filled = dict.fromkeys(wanted, 0)
-    for path in sorted(checkpoint.glob("output-*.safetensors")):
+    for path in (checkpoint / name for name in page["files"] if name.startswith("output")):
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; {MEND}")
         with safe_open(path, framework="pt") as file:
-            starts = file.metadata()
+            starts = file.metadata() or {}
             if set(starts) != set(wanted):
                 raise CheckpointError(f"{path}: holds {sorted(starts)}, this configuration needs {sorted(wanted)}")
+            spans = {name: _overlap(tensor.shape[0], start, file, name, int(starts[name])) for name, (tensor, start) in wanted.items()}
+            if any(low < high for low, high in spans.values()):
+                verify_files(checkpoint, page, [path.name])
             for name, (tensor, start) in wanted.items():
                 source = file.get_slice(name)
-                offset, shape = int(starts[name]), source.get_shape()
-                if tuple(shape[1:]) != tuple(tensor.shape[1:]):
+                if tuple(source.get_shape()[1:]) != tuple(tensor.shape[1:]):
                     raise CheckpointError(
-                        f"{path}: {name} has rows of shape {shape[1:]}, this configuration needs {list(tensor.shape[1:])}"
+                        f"{path}: {name} has rows of shape {source.get_shape()[1:]}, this configuration needs {list(tensor.shape[1:])}"
                     )
-                low, high = max(start, offset), min(start + tensor.shape[0], offset + shape[0])
-                if low < high:
-                    tensor[low - start : high - start] = source[low - offset : high - offset].to(tensor.device, tensor.dtype)
-                    filled[name] += high - low
+                (low, high), offset = spans[name], int(starts[name])
+                rows = max(1, PIECE // max(1, tensor[:1].nbytes))
+                for at in range(low, high, rows):
+                    end = min(at + rows, high)
+                    tensor[at - start : end - start] = source[at - offset : end - offset].to(tensor.device, tensor.dtype)
+                    filled[name] += end - at
     for name, (tensor, _) in wanted.items():
         if filled[name] != tensor.shape[0]:
             raise CheckpointError(f"{checkpoint}: holds {filled[name]} of the {tensor.shape[0]} rows of {name} that are needed here")
 
 
-def _name_kept(classifier: Classifier) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = {}
-    for i, (x_ND, label_rows_NM) in enumerate(classifier.kept):
-        named |= {f"{i}.x": x_ND.cpu().contiguous(), f"{i}.label_rows": label_rows_NM.cpu().contiguous()}
-    return named
+def _overlap(rows: int, start: int, file: safe_open, name: str, offset: int) -> tuple[int, int]:
+    """The global positions [low, high) of a tensor that both this rank and ``file`` hold."""
+    return max(start, offset), min(start + rows, offset + file.get_slice(name).get_shape()[0])
 
 
-def _load_kept(checkpoint: Path, classifier: Classifier) -> None:
+def _load_kept(checkpoint: Path, page: dict, classifier: Classifier) -> None:
     """The batches kept for the next rewiring; none in most checkpoints."""
-    path, device = checkpoint / KEPT, classifier.device
-    found = load_file(path) if path.is_file() else {}
+    device = classifier.device
+    found = load_file(checkpoint / KEPT) if KEPT in page["files"] else {}
     classifier.kept = [(found[f"{i}.x"].to(device), found[f"{i}.label_rows"].to(device)) for i in range(len(found) // 2)]
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:  # it wraps the system's error
-        raise OSError(str(error)) from None
-    _sync(path)
-
-
-def _write_json(path: Path, page: dict) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(page, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems cannot sync a folder
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
+def _unsealed_pointer(data: bytes) -> dict:
+    """A pointer that version 1 wrote, without a checksum: exactly {"step": n}, so that few changes of a sealed one look like it."""
+    match = re.fullmatch(rb'\{\s*"step": (\d+)\s*\}\s*', data)
+    if match is None:
+        raise ValueError("damaged")
+    return {"step": match[1]}

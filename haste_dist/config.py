@@ -36,6 +36,9 @@ class RunConfig:
         "auto: go on from the newest complete checkpoint; never: refuse a used folder; must: fail without one",
         choices=("auto", "never", "must"),
     )
+    deterministic: bool = setting(
+        False, "the same bits in each run on the same ranks and GPU: fixed order of sums everywhere, slower (sets output.deterministic)"
+    )
 
 
 @dataclass
@@ -173,6 +176,12 @@ class TrainConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    keep: int = setting(2, "newest checkpoints that stay; the best one always does", low=1)
+    keep_every: int = setting(0, "checkpoints at multiples of this many steps stay as well (0: none)", low=0)
+
+
+@dataclass
 class EvaluateConfig:
     split: str = setting("test", "texts that are scored", choices=("test", "dev", "train"))
     batch_size: int = setting(256, "texts scored at once over all ranks", low=1)
@@ -200,6 +209,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
 def load_config(file: str | Path | None = None, overrides: list[str] | None = None) -> Config:

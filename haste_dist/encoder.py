@@ -1,6 +1,7 @@
 """The text encoder: a Hugging Face model (by name, local path or Python package) or a small one from scratch, and its tokenizer.
 
-B texts of S tokens in, one embedding of width D a text out.
+B texts of S tokens in, one embedding of width D a text out. A model that brings its own code is refused, and so are pickled weights: unless
+told, transformers asks on the terminal whether to run that code.
 """
 
 import hashlib
@@ -75,7 +76,7 @@ def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerFast:
     if name == "scratch":
         raise ConfigError("encoder.name=scratch has no tokenizer of its own; set encoder.tokenizer to a name or a path")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_name(name), use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_name(name), use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"encoder.tokenizer: cannot load '{name}' ({_first_line(error)})") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or not tokenizer.is_fast:
@@ -107,7 +108,7 @@ def model_config(config: EncoderConfig, vocab_size: int, pad_id: int, max_length
         )
     else:
         try:
-            made = AutoConfig.from_pretrained(resolve_name(config.name))
+            made = AutoConfig.from_pretrained(resolve_name(config.name), trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"encoder.name: cannot load '{config.name}' ({_first_line(error)})") from None
         if config.layers:
@@ -136,9 +137,16 @@ def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_lengt
     attention = {"sdpa": "sdpa", "flash": "flash_attention_2"}[config.attention]
     try:
         if config.name == "scratch" or not pretrained:
-            model = AutoModel.from_config(made, attn_implementation=attention)
+            model = AutoModel.from_config(made, attn_implementation=attention, trust_remote_code=False)
         else:
-            model = AutoModel.from_pretrained(resolve_name(config.name), config=made, dtype=torch.float32, attn_implementation=attention)
+            model = AutoModel.from_pretrained(
+                resolve_name(config.name),
+                config=made,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"encoder.name: cannot load '{config.name}' ({_first_line(error)})") from None
     if getattr(model, "pooler", None) is not None:

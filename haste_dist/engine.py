@@ -20,7 +20,6 @@ from haste_dist.flat import ClippedAdamW, FlatModule
 from haste_dist.world import World
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
-NEVER = 2**62
 
 
 class EncoderEngine:
@@ -44,7 +43,6 @@ class EncoderEngine:
         # At stage 0 DeepSpeed would step bfloat16 parameters without a float32 copy; stage 1 has one, and the update is the same.
         stage = max(config.zero, int(self.dtype == torch.bfloat16))
         self._engine, self._adamw = _deepspeed_engine(self._flat, config, self.dtype, stage)
-        self._bad_step = torch.full((), NEVER, dtype=torch.int64, device=world.device)
 
     @property
     def trains(self) -> bool:
@@ -73,19 +71,15 @@ class EncoderEngine:
             # DeepSpeed averages over ranks where the gradient of a batch is the sum of its parts.
             self._engine.backward((x_BD.float() * (dx_BD * self.world.size)).sum())
 
-    def step(self, lr: float, step: int) -> None:
-        """Updates the weights by the gradients added since the last update. ``step`` names it, should the gradient not be finite."""
+    def step(self, lr: float) -> Tensor | None:
+        """Updates the weights by the gradients added since the last update. Returns the norm of that gradient, a scalar on the device:
+        where it is not finite, the weights are lost."""
         if self._engine is None:
-            return
+            return None
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        self._bad_step = torch.where(self._adamw.norm.isfinite(), self._bad_step, self._bad_step.clamp(max=step))
-
-    def first_bad_step(self) -> int | None:
-        """The first ``step`` whose gradient was not finite: the weights are lost since. Waits for the device; equal on all ranks."""
-        found = NEVER if self._engine is None else int(self._bad_step)
-        return None if found == NEVER else found
+        return self._adamw.norm
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Float32 weights and optimizer state, whole and on the CPU, by name; the same on each rank and at any ZeRO stage.

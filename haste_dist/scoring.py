@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from haste_dist import checkpoint
+from haste_dist.agreement import same_error
 from haste_dist.config import Config
 from haste_dist.evaluate import Keep, evaluate_baseline, evaluate_texts, write_evaluation
 from haste_dist.model import frozen_engine, make_classifier, make_encoder, open_prepared
 from haste_dist.train import CHECKPOINTS
+from haste_dist.verify import check_data, check_run_files
 from haste_dist.world import World
 
 
@@ -16,11 +18,16 @@ def evaluate_run(config: Config, world: World, name: str = "best", keep: Keep | 
     Every rank calls it. ``keep`` sees the predictions of its own rank's texts. Raises HasteError.
     """
     prepared = open_prepared(config)
+    with same_error(world):
+        if world.is_first:
+            check_run_files(Path(config.run.folder))
+            check_data(prepared.folder)
     encoder = make_encoder(config, prepared.manifest, pretrained=False)
     classifier = make_classifier(config, prepared.order, encoder.width, world)
     engine = frozen_engine(config, encoder, world)
     folder = checkpoint.resolve(Path(config.run.folder) / CHECKPOINTS, name)
-    state = checkpoint.load(folder, engine, classifier, prepared.order.fingerprint)
+    with same_error(world):
+        state = checkpoint.load(folder, engine, classifier, prepared.order.fingerprint)
     split = config.evaluate.split
     result = evaluate_texts(config, prepared, engine, classifier, world, split, keep=keep)
     if world.is_first:

@@ -20,6 +20,7 @@ from torch import Tensor
 from haste_dist.classifier import Classifier
 from haste_dist.collectives import gather_rows, scatter_rows, start_gather, sum_over_ranks
 from haste_dist.engine import EncoderEngine
+from haste_dist.guards import Guard
 from haste_dist.loader import Batch
 from haste_dist.world import World
 from haste_kernels import merge_topk
@@ -39,11 +40,12 @@ def train_step(
     accumulation: int = 1,
     want_loss: bool = False,
     keep: bool = False,
+    guard: Guard | None = None,
 ) -> Tensor | None:
     """Steps the output layer, and the encoder where an accumulation ends. Returns the loss of the global batch if wanted.
 
     ``passes``: encoder passes that this batch is cut into; ``accumulation``: steps an encoder update, whose gradient is their mean.
-    ``keep``: the output layer keeps the batch for the next rewiring.
+    ``keep``: the output layer keeps the batch for the next rewiring; ``guard`` looks at the numbers of the step.
     """
     device = world.device
     gathering = start_gather(batch.label_rows.to(device, non_blocking=True), batch.rows, world)
@@ -56,18 +58,23 @@ def train_step(
         return engine.forward(ids_bS[i], mask_bS[i], graph)
 
     x_bD = [forward(i, graph=i == passes - 1) for i in range(passes)]
-    x_ND = gather_rows(torch.cat([x.detach() for x in x_bD]), batch.rows, world)
+    x_BD = torch.cat([x.detach() for x in x_bD])
+    x_ND = gather_rows(x_BD, batch.rows, world)
     labels_NM = gathering.wait()
     dx_ND, loss = classifier.step(x_ND, labels_NM, lr_output, step, want_loss)
     if keep:
         classifier.keep(x_ND, labels_NM, step)
+    norm = None
     if engine.trains:
         dx_BD = scatter_rows(dx_ND, len(batch.input_ids), world) / accumulation
         dx_bD = dx_BD.tensor_split(passes)
         for i in reversed(range(passes)):
             engine.backward(x_bD[i] if i == passes - 1 else forward(i, graph=True), dx_bD[i])
         if (step + 1) % accumulation == 0:
-            engine.step(lr_encoder, step + 1)
+            norm = engine.step(lr_encoder)
+    if guard is not None:
+        seen = {"x (embeddings)": x_BD, "dx (their gradient)": dx_ND}
+        guard.watch(step + 1, batch, **seen, **({} if norm is None else {"the gradient of the encoder": norm}))
     return sum_over_ranks(loss, world) if loss is not None else None
 
 

@@ -15,19 +15,24 @@ from pathlib import Path
 import torch
 
 from haste_dist import checkpoint
+from haste_dist.agreement import same_error
 from haste_dist.checkpoint import RunState
 from haste_dist.collectives import StopVote, barrier
 from haste_dist.config import Config, TrainConfig, save_config
+from haste_dist.determinism import make_deterministic
 from haste_dist.engine import EncoderEngine
-from haste_dist.errors import CheckpointError, HasteError
+from haste_dist.errors import CheckpointError
 from haste_dist.evaluate import evaluate_texts
+from haste_dist.guards import Guard, LossSpikes, dead_groups
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE
 from haste_dist.loader import BatchMaker, TrainingBatches, open_texts
 from haste_dist.model import Prepared, check_features, make_classifier, make_encoder, open_prepared, prior_bias, save_encoder_folder
 from haste_dist.rewire import keeps_batch, rewire
 from haste_dist.runlog import RunLog
+from haste_dist.saver import Saved, Saver
 from haste_dist.schedule import due, rewire_fraction, warmup_cosine
 from haste_dist.step import train_step
+from haste_dist.verify import check_data, seal_run
 from haste_dist.world import World
 
 CHECKPOINTS = "checkpoints"
@@ -99,7 +104,11 @@ def check_run(config: Config) -> Prepared:
 
 def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda: False) -> Outcome:
     """Trains until the epochs are over, patience runs out, or ``wants_stop`` turns true on any rank. Every rank calls it."""
+    config = make_deterministic(config) if config.run.deterministic else config
     prepared = check_run(config)
+    with same_error(world):
+        if world.is_first:
+            check_data(prepared.folder)
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, bias_init=prior_bias(config, prepared.manifest)))
     run = Path(config.run.folder)
     saved = run / CHECKPOINTS
@@ -120,10 +129,12 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
         save_encoder_folder(run, encoder, config)
         for name in (LABELS_FILE, GROUPS_FILE):  # predict needs no prepared folder
             shutil.copyfile(prepared.folder / name, run / name)
+        seal_run(run)
     engine = EncoderEngine(encoder, config.encoder, world)
     state, start = RunState(), checkpoint.newest(saved)
     if start is not None:
-        state = checkpoint.load(start, engine, classifier, prepared.order.fingerprint)
+        with same_error(world):
+            state = checkpoint.load(start, engine, classifier, prepared.order.fingerprint)
     barrier(world)
 
     log = RunLog(run, enabled=world.is_first, purge_step=state.step)
@@ -142,30 +153,29 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
     source = batches.from_step(state.step)
     resumed_at, reason = state.step, ""
 
-    def stop_if_lost() -> None:
-        bad = engine.first_bad_step()
-        if bad is not None:
-            raise HasteError(f"the gradient of the encoder was not finite at step {bad}; resume with lower encoder.lr or output.lr")
+    def tell(done: Saved) -> None:
+        log.event("checkpoint", **dataclasses.asdict(done))
+
+    guard, spikes = Guard(run, world), LossSpikes()
+    saver = Saver(saved, config.checkpoint, world, prepared.order.fingerprint, tell)
+    saver.reserve(classifier)
 
     def save_now() -> None:
-        stop_if_lost()
-        path = checkpoint.save(saved, state, engine, classifier, world, prepared.order.fingerprint)
-        if world.is_first:
-            if state.best_step == state.step:
-                checkpoint.point(saved, "best", state.step)
-            checkpoint.prune(saved, {state.step, state.best_step})
-        log.event("checkpoint", step=state.step, folder=path.name)
+        guard.settle()  # a state with a NaN must not take a good one's place
+        saver.save(state, engine, classifier)
 
     def evaluate_now() -> None:
-        stop_if_lost()
+        guard.settle()
         result = evaluate_texts(config, prepared, engine, classifier, world, held_out, config.train.evaluate_rows)
-        log.event("eval", step=state.step, epoch=state.step / plan.per_epoch, split=held_out, **result)
+        log.event(
+            "eval", step=state.step, epoch=state.step / plan.per_epoch, split=held_out, **result, dead_groups=dead_groups(classifier, world)
+        )
         score = result[config.train.metric]
         state.worse = 0 if score > state.best else state.worse + 1
         if score > state.best:
             state.best, state.best_step = score, state.step
 
-    with log:
+    with log, saver:
         while True:
             step, fresh = state.step, state.step > resumed_at
             at_end = step >= plan.last
@@ -179,7 +189,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
                 reason = "patience"
             elif at_end:
                 reason = "finished" if plan.last == plan.total else "max_steps"
-            elif step % going.accumulation == 0 and vote.exchange(wants_stop()):
+            elif step % going.accumulation == 0 and vote.exchange(wants_stop() or saver.failed() or guard.tripped()):
                 reason = "stopped"
                 if fresh and not due(step, plan.evaluate):
                     save_now()
@@ -205,6 +215,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
                 accumulation=going.accumulation,
                 want_loss=logged,
                 keep=keeps_batch(config.rewire, state.step, plan.total),
+                guard=guard,
             )
             fraction = rewire_fraction(state.step, plan.total, config.rewire.interval, config.rewire.until, config.rewire.fraction)
             if fraction:
@@ -213,18 +224,19 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
             timer.stepped()
             if logged and loss is not None:
                 value = loss.item()  # only here the host waits for the device
-                stop_if_lost()
                 if not math.isfinite(value):
-                    raise HasteError(f"the loss became {value} at step {state.step}; resume with lower encoder.lr or output.lr")
+                    guard.settle(f"the loss became {value} at step {state.step}")
                 log.step(
                     step=state.step,
                     epoch=state.step / plan.per_epoch,
                     loss=value,
+                    loss_spikes=spikes.add(value),
                     lr_encoder=factor * config.encoder.lr,
                     lr_output=factor * config.output.lr,
                     **timer.read(),
                 )
         vote.close()
+        saver.wait()
         log.event("end", step=state.step, reason=reason, best=state.best, best_step=state.best_step, **peak_memory(world.device))
     return Outcome(reason, state.step, state.best, state.best_step)
 

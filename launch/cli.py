@@ -17,6 +17,7 @@ USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 OVERRIDES = "settings that replace the file's, such as train.epochs=3 (haste config lists all)"
 CONFIG = "a YAML file, or the name of a shipped one (demo, wordnet, ...)"
 RUN = "the run folder that haste train wrote"
+CHECKPOINT = "best (default), last, or a name such as step-00001200"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +65,22 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--output", metavar="FILE", help="write .jsonl or .parquet instead of printing")
     predict.add_argument("-k", type=_positive, default=5, metavar="K", help="labels a text (default 5)")
 
+    export = commands.add_parser(
+        "export",
+        help="a run as one portable folder",
+        description="Write a trained run as one folder that needs neither the run nor its data.",
+    )
+    export.add_argument("run", metavar="RUN", help=RUN)
+    export.add_argument("out", metavar="OUT", help="folder to write; must not exist yet")
+    export.add_argument("--checkpoint", default="best", metavar="NAME", help=CHECKPOINT)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check a folder's files",
+        description="Check every checksum, shape and range of a run, of prepared data or a checkpoint.",
+    )
+    verify.add_argument("folder", metavar="RUN|DATA", help="a run folder, a prepared folder, or one checkpoint")
+
     plot = commands.add_parser("plot", help="draw a run's curves", description="Draw loss, metrics, churn and step time as a PNG.")
     plot.add_argument("run", metavar="RUN", help=RUN)
 
@@ -110,7 +127,7 @@ def _run(argv: list[str]) -> int:
 def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help=RUN)
     command.add_argument("overrides", metavar="a.b=c", nargs="*", help=OVERRIDES)
-    command.add_argument("--checkpoint", default="best", metavar="NAME", help="best (default), last, or a name such as step-00001200")
+    command.add_argument("--checkpoint", default="best", metavar="NAME", help=CHECKPOINT)
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:

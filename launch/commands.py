@@ -33,6 +33,9 @@ def prepare(args: Namespace) -> int:
 
     with ray_session(settings):
         prepare_data(settings)
+    from haste_dist.verify import seal_data
+
+    seal_data(Path(settings.data.prepared))
     return 0
 
 
@@ -81,6 +84,21 @@ def predict(args: Namespace) -> int:
     else:
         print_predictions(predictions)
     leave_world()
+    return 0
+
+
+def export(args: Namespace) -> int:
+    run_config(args.run, [])
+    from haste_dist.export import export as export_run
+
+    print(export_run(args.run, args.out, args.checkpoint))
+    return 0
+
+
+def verify(args: Namespace) -> int:
+    from haste_dist.verify import verify as verify_folder
+
+    print(f"{args.folder}: {len(verify_folder(args.folder)):,} files and folders looked at, all as they were written")
     return 0
 
 

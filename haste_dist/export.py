@@ -1,0 +1,186 @@
+"""``haste export``: a trained run as one folder that needs nothing else, neither the run nor its data, nor this package.
+
+OUT/
+  README.md            a model card: what it is, its metrics, how to use it
+  predict.py           plain torch, no haste_dist
+  model.json           what predict.py must know of the layer
+  output.safetensors   head and tail: weights, biases, indices, in the precision they were trained in; no optimizer state
+  encoder/             Hugging Face layout: config.json, model.safetensors, tokenizer
+  labels.arrow, groups.json, config.yaml, checksums.json    for haste predict and haste verify
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from haste_dist import checkpoint, plain_predict
+from haste_dist.checkpoint import ENCODER, load_rows
+from haste_dist.classifier import Classifier, feature_slice
+from haste_dist.config import Config, load_config, save_config
+from haste_dist.encoder import Encoder, build_encoder, load_tokenizer
+from haste_dist.errors import CheckpointError, DataError, HasteError
+from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, LabelOrder, load_label_order
+from haste_dist.model import ENCODER_FOLDER, encoder_settings_of
+from haste_dist.runlog import read_events
+from haste_dist.sealed import check_folder, read_checksums, seal_folder
+from haste_dist.tensor_file import write_tensors
+from haste_dist.verify import check_run_files
+
+SCHEMA_VERSION = 1
+PAGE, OUTPUT, WEIGHTS = "model.json", "output.safetensors", "model.safetensors"
+TENSORS = ("head.weight", "head.bias", "tail.weight", "tail.index", "tail.bias")
+AGAIN = "run haste export again"
+
+
+def export(run: str | Path, out: str | Path, checkpoint_name: str = "best") -> Path:
+    """Writes ``out`` in one step from a checkpoint of ``run``; returns it. Raises HasteError; then nothing is left behind."""
+    run, out = Path(run), Path(out)
+    if not (run / "config.yaml").is_file() or is_export(run):
+        raise CheckpointError(f"{run}: no run folder; haste train makes one")
+    if out.exists():
+        raise DataError(f"{out}: exists; name a folder that does not")
+    check_run_files(run)
+    config, order = load_config(run / "config.yaml"), load_label_order(run)
+    found = checkpoint.resolve(run / "checkpoints", checkpoint_name)
+    page = checkpoint.read_page(found)
+    checkpoint.verify_files(found, page)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _write_encoder(part / ENCODER_FOLDER, config, run, load_file(found / ENCODER))
+        tensors = _joined(found, page)
+        write_tensors(part / OUTPUT, tensors, dict.fromkeys(tensors, "0"))
+        for name in (LABELS_FILE, GROUPS_FILE):
+            shutil.copyfile(run / name, part / name)
+        shutil.copyfile(plain_predict.__file__, part / "predict.py")
+        width = json.loads((part / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+        described = _describe(config, order, width)
+        (part / PAGE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        (part / "README.md").write_text(_card(run, described, config, page["state"]["step"]), encoding="utf-8")
+        save_config(_portable(config), part / "config.yaml")
+        seal_folder(part, (path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file()))
+        os.replace(part, out)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise DataError(f"{out}: cannot be written ({error.strerror or error}); free some space or name another folder") from None
+    return out
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / PAGE).is_file()
+
+
+def check_export(folder: Path) -> None:
+    """Holds an exported folder against its checksums and version. Raises HasteError naming the first bad file."""
+    read_checksums(folder, AGAIN)
+    check_folder(folder, AGAIN)
+    version = json.loads((folder / PAGE).read_text(encoding="utf-8"))["schema_version"]
+    if version != SCHEMA_VERSION:
+        raise HasteError(f"{folder / PAGE}: schema version {version}, this program reads {SCHEMA_VERSION}; {AGAIN}")
+
+
+def load_exported(folder: Path, encoder: Encoder, classifier: Classifier) -> None:
+    """Fills both from an exported folder; the classifier has no momentum. Raises CheckpointError."""
+    try:
+        encoder.model.load_state_dict(load_file(folder / ENCODER_FOLDER / WEIGHTS))
+        load_rows(folder, {"files": read_checksums(folder, AGAIN)}, classifier)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: does not fit its own settings ({str(error).splitlines()[0]}); {AGAIN}") from None
+
+
+def _write_encoder(folder: Path, config: Config, run: Path, weights: dict[str, Tensor]) -> None:
+    settings = encoder_settings_of(config, run)
+    tokenizer = load_tokenizer(settings)
+    encoder = build_encoder(settings, len(tokenizer), int(tokenizer.pad_token_id), config.data.max_length, pretrained=False)
+    encoder.load_state_dict(weights)
+    encoder.model.save_pretrained(folder, max_shard_size="1TB")  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def _joined(found: Path, page: dict[str, Any]) -> dict[str, Tensor]:
+    """The label rows of all ranks' files, whole, in the dtype they have there."""
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for name in page["files"]:
+        if name.startswith("output"):
+            with safe_open(found / name, framework="pt") as file:
+                for key, start in file.metadata().items():
+                    if key in TENSORS:
+                        parts.setdefault(key, []).append((int(start), file.get_tensor(key)))
+    ordered = {
+        key: sorted(pieces, key=lambda piece: (piece[0], len(piece[1]))) for key, pieces in parts.items()
+    }  # an empty part goes first
+    return {key: torch.cat([tensor for _, tensor in pieces]) for key, pieces in ordered.items()}
+
+
+def _describe(config: Config, order: LabelOrder, width: int) -> dict[str, Any]:
+    spans = {name: feature_slice(getattr(config.output, name), width) for name in ("head_features", "tail_features")}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "labels": order.labels,
+        "head_rows": order.head_rows,
+        "groups": order.groups,
+        "group_size": order.group_size,
+        "fan_in": config.output.fan_in,
+        "width": width,
+        "max_length": config.data.max_length,
+        "pooling": config.encoder.pooling,
+        "normalize": config.encoder.normalize,
+        **{name: [span.start, span.stop] for name, span in spans.items()},
+    }
+
+
+def _portable(config: Config) -> Config:
+    """The settings without optimizer state and without the paths of the machine that trained."""
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, folder="."),
+        data=dataclasses.replace(config.data, source="", prepared=""),
+        encoder=dataclasses.replace(config.encoder, name=ENCODER_FOLDER, tokenizer="", layers=0),
+        output=dataclasses.replace(config.output, momentum=0.0),
+    )
+
+
+def _card(run: Path, page: dict[str, Any], config: Config, step: int) -> str:
+    """The model card, with the metrics of the evaluation after ``step``, where there was one."""
+    try:
+        scored = [event for event in read_events(run) if event["event"] == "eval" and event["step"] == step]
+    except DataError:
+        scored = []
+    metrics = "Not evaluated at this step.\n"
+    if scored:
+        names = [name for name in scored[-1] if "@" in name]
+        metrics = f"On {scored[-1]['rows']:,} texts of the {scored[-1]['split']} split, percent:\n\n| metric | |\n|---|---|\n"
+        metrics += "".join(f"| {name} | {100 * scored[-1][name]:.2f} |\n" for name in names)
+    base = "an encoder from scratch" if config.encoder.name == "scratch" else f"`{Path(config.encoder.name).name}`"
+    return f"""---
+library_name: haste_dist
+pipeline_tag: text-classification
+tags: [extreme-multi-label-classification]
+---
+
+# Extreme multi-label text classifier, {page["labels"]:,} labels
+
+A text in, ranked labels out. The encoder started from {base}; {page["head_rows"]:,} frequent labels have dense rows,
+the others stand in {page["groups"]:,} groups of {page["group_size"]} that read {page["fan_in"]} features of the embedding each (HASTE,
+arXiv 2606.01117). Trained for {step:,} steps.
+
+## Metrics
+
+{metrics}
+## Use
+
+    haste predict . --text "a text"
+    python predict.py "a text"
+
+The second needs torch, transformers, safetensors and pyarrow only. `model.json` and `output.safetensors` are the output layer,
+`encoder/` is a Hugging Face model, `labels.arrow` says which label a row is. `haste verify .` holds all against `checksums.json`.
+"""

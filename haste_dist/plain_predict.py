@@ -1,0 +1,38 @@
+"""Ranks labels for texts with plain torch: python predict.py "a text" ... Needs torch, transformers, safetensors and pyarrow."""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+
+@torch.no_grad()
+def main(folder: Path, texts: list[str], k: int = 5) -> None:
+    page = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "encoder", trust_remote_code=False)
+    encoder = AutoModel.from_pretrained(folder / "encoder", trust_remote_code=False, use_safetensors=True).eval()
+    tokens = tokenizer(texts, truncation=True, max_length=page["max_length"], padding=True, return_tensors="pt")
+    mask = tokens["attention_mask"]
+    hidden = encoder(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
+    x = hidden[:, 0] if page["pooling"] == "cls" else (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    x = torch.nn.functional.normalize(x, dim=-1) if page["normalize"] else x
+
+    part = {name: tensor if name == "tail.index" else tensor.float() for name, tensor in load_file(folder / "output.safetensors").items()}
+    head = x[:, slice(*page["head_features"])] @ part["head.weight"].T + part.get("head.bias", 0.0)  # dense rows
+    read = x[:, slice(*page["tail_features"])][:, part["tail.index"].long()]  # (texts, groups, fan-in): what each group of labels reads
+    tail = torch.einsum("ntf,tgf->ntg", read, part["tail.weight"]) + part.get("tail.bias", 0.0)
+    logits = torch.cat([head, tail.flatten(1)], dim=1)[:, : page["labels"]]  # behind the labels is padding
+    scores, rows = logits.sigmoid().topk(min(k, page["labels"]))
+    names = pa.ipc.open_file(str(folder / "labels.arrow")).read_all()
+    for i, text in enumerate(texts):
+        print(text)
+        for score, row in zip(scores[i].tolist(), rows[i].tolist(), strict=True):
+            print(f"  {score:.6f}  {names['label'][row]}  {names['text'][row]}")
+
+
+if __name__ == "__main__":
+    main(Path(__file__).resolve().parent, sys.argv[1:])

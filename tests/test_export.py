@@ -1,0 +1,105 @@
+"""An exported run predicts as the run does, with this package and without it, and is refused once damaged."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from test_checkpoint import classifier
+from tiny import haste, make_prepared
+
+from haste_dist.checkpoint import rows_file
+from haste_dist.config import Config
+from haste_dist.errors import HasteError
+from haste_dist.export import _joined, export
+from haste_dist.predictor import Predictor
+from haste_dist.tensor_file import write_tensors
+from haste_dist.train import train
+from haste_dist.verify import verify
+from haste_dist.world import join_world
+
+TEXTS = ["w0 w1 w14", "w7 w8 w9 w21", "w3", "w190 w2 w5 w6 w7"]
+
+
+ENCODERS = [{"pooling": "mean", "normalize": False}, {"pooling": "cls", "normalize": True}]
+
+
+@pytest.fixture(scope="module", params=ENCODERS, ids=["mean", "cls"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Labels that do not fill their last group, slices for head and tail."""
+    words = ["output.head_features=[0,24]", "output.tail_features=[8,32]", "output.weight_dtype=bfloat16", "train.max_steps=24"]
+    words += [f"encoder.{name}={value}" for name, value in request.param.items()]
+    config = make_prepared(tmp_path_factory.mktemp("run"), labels=101, texts=256, overrides=words)
+    train(config, join_world("cpu"))
+    return config
+
+
+def test_an_exported_run_predicts_as_the_run_does(trained: Config, tmp_path: Path) -> None:
+    out = export(trained.run.folder, tmp_path / "deep" / "out", "last")
+    with safe_open(out / "output.safetensors", framework="pt") as file:
+        assert sorted(file.keys()) == ["head.bias", "head.weight", "tail.bias", "tail.index", "tail.weight"]
+        assert file.get_slice("tail.weight").get_dtype() == "BF16"
+    here, there = Predictor(trained.run.folder, "last", "cpu"), Predictor(out, device="cpu")
+    ours, scores = here.predict(TEXTS, 20)
+    theirs, their_scores = there.predict(TEXTS, 20)
+    assert np.array_equal(ours, theirs)
+    assert np.array_equal(scores, their_scores)
+
+    plain = subprocess.run([sys.executable, str(out / "predict.py"), *TEXTS], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert plain.returncode == 0, plain.stderr
+    lines = [line.split() for line in plain.stdout.splitlines() if line.startswith("  ")]
+    assert [int(line[1]) for line in lines] == ours[:, :5].ravel().tolist()
+    np.testing.assert_allclose([float(line[0]) for line in lines], 1 / (1 + np.exp(-scores[:, :5].ravel().astype(float))), atol=2e-6)
+    assert lines[0][2] == f"w{7 * ours[0, 0] % 200}"  # the label's text
+
+    for path in (path for path in out.rglob("*") if path.is_file()):
+        assert str(trained.run.folder).encode() not in path.read_bytes(), path
+        assert str(Path(trained.data.prepared).parent).encode() not in path.read_bytes(), path
+    card = (out / "README.md").read_text()
+    assert "101 labels" in card
+    assert "| P@1 | " in card
+
+
+@pytest.mark.parametrize("trained", ENCODERS[:1], ids=["mean"], indirect=True)
+def test_the_command_and_its_refusals(trained: Config, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = haste("export", trained.run.folder, str(out), "--checkpoint", "last")
+    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    said = haste("predict", str(out), "--text", TEXTS[0], "launch.device=cpu")
+    assert said.returncode == 0, said.stderr
+    assert TEXTS[0] in said.stdout
+    assert len(verify(out)) > 5
+    for run, to, word in (
+        (trained.run.folder, out, "exists; name a folder that does not"),
+        (out, tmp_path / "b", "no run folder"),
+        (tmp_path, tmp_path / "b", "no run folder"),
+    ):
+        with pytest.raises(HasteError, match=word):
+            export(run, to, "last")
+    with pytest.raises(HasteError, match="no such checkpoint"):
+        export(trained.run.folder, tmp_path / "b", "step-00000001")
+    for name in ("output.safetensors", "encoder/model.safetensors", "encoder/config.json", "labels.arrow", "config.yaml", "model.json"):
+        data = (out / name).read_bytes()
+        (out / name).write_bytes(data[:-1])
+        with pytest.raises(HasteError, match=f"{(out / name).name}: damaged"):
+            Predictor(out, device="cpu")
+        with pytest.raises(HasteError, match=f"{(out / name).name}: damaged"):
+            verify(out)
+        (out / name).write_bytes(data)
+    verify(out)
+
+
+def test_rows_of_many_ranks_are_joined(tmp_path: Path) -> None:
+    ranks = 4  # one of them without head rows
+    for rank in range(ranks):
+        tensors = classifier(ranks, rank, 1).tensors()
+        starts = {name: str(start) for name, (_, start) in tensors.items()}
+        write_tensors(tmp_path / rows_file(rank, ranks), {name: tensor for name, (tensor, _) in tensors.items()}, starts)
+    joined = _joined(tmp_path, {"files": [rows_file(rank, ranks) for rank in (2, 0, 3, 1)]})
+    whole = classifier(1, 0, 1).tensors()
+    assert set(joined) == {name for name in whole if "momentum" not in name}
+    assert all(torch.equal(tensor, whole[name][0]) for name, tensor in joined.items())
