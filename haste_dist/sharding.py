@@ -33,6 +33,11 @@ class LabelShard:
         return self.group_stop - self.group_start
 
     @property
+    def all_groups(self) -> int:
+        """Groups of all ranks together."""
+        return -(-(self.labels - self.head_rows) // self.group_size)
+
+    @property
     def tail_start(self) -> int:
         """Global row of the first tail row here."""
         return self.head_rows + self.group_start * self.group_size

@@ -13,7 +13,7 @@ from torch import Tensor
 from haste_dist.classifier import HEAD_DROPOUT, TAIL_DROPOUT, Classifier, counted_from, sort_positives
 from haste_dist.config import RewireConfig, load_config
 from haste_dist.errors import ConfigError
-from haste_dist.rewire import gradients, keeps_batch, rewire
+from haste_dist.rewire import gradients, keeps_batch, lowest_overall, rewire
 from haste_dist.schedule import rewire_fraction
 from haste_dist.sharding import label_shard
 from haste_dist.world import World, join_world
@@ -185,6 +185,14 @@ def test_batches_are_kept_only_where_a_rewiring_follows(interval: int, batches: 
     expected = {step for step in steps if any(step <= when < step + batches and step > when - interval for when in due)}
     assert {step for step in steps if keeps_batch(config, step, 40)} == expected
     assert not any(keeps_batch(dataclasses.replace(config, grow="random"), step, 40) for step in steps)
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-40, 0.5, 0.75, 3.0, 3e38]), min_size=1, max_size=30), st.integers(0, 30))
+def test_the_lowest_of_all_ranks_are_found_without_sorting(scores: list[float], count: int) -> None:
+    """With those equal to the highest of them; for more than there are, all."""
+    found = lowest_overall(torch.tensor([scores]), count, join_world("cpu"))
+    limit = sorted(scores)[min(count, len(scores)) - 1] if count else -1.0
+    assert torch.equal(found[0], torch.tensor(scores) <= torch.tensor(limit))
 
 
 LABELS_OF_TEXTS = st.lists(st.sets(st.integers(0, LABELS - 1), max_size=5), min_size=1, max_size=8)

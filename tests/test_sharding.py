@@ -29,6 +29,7 @@ def test_label_shards_hold_each_real_row_once(head: int, groups: int, size: int,
     tails = [row for s in shards for row in range(s.tail_start, s.tail_start + s.tail_rows)]
     assert rows == list(range(head))
     assert tails == list(range(head, labels))
+    assert all(s.all_groups == -(-(labels - head) // size) for s in shards)
 
 
 @given(st.integers(1, 5_000), PARTS)
