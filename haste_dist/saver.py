@@ -155,7 +155,10 @@ class Saver:
         """The memory that ``tensor`` is copied to, the same at each save."""
         found = self._host.get(name)
         if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
-            found = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            pinned = tensor.device.type == "cuda"
+            found = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            if not pinned:
+                found.fill_(0)  # so that the system hands the memory out now, not during a save
             self._host[name] = found
         return found
 

@@ -100,6 +100,19 @@ def build_parser() -> argparse.ArgumentParser:
         "Without words: the README's shapes on a GPU, a small shape on a CPU.",
     )
     _add_bench(kernels)
+    saving = actions.add_parser(
+        "checkpoint",
+        help="saving and loading many labels",
+        description="Measure how long a checkpoint stops the steps, its writing, its loading and its bytes.",
+    )
+    saving.add_argument("--labels", type=_positive, default=1_000_000, metavar="L", help="labels (default 1000000)")
+    saving.add_argument("--fan-in", type=_positive, default=64, metavar="F", help="features that a group of labels reads (default 64)")
+    saving.add_argument("--group", type=_positive, default=32, metavar="G", help="labels that read the same features (default 32)")
+    saving.add_argument(
+        "--out", default=".", metavar="DIR", help="folder on the disk to measure (default here); what is written is removed"
+    )
+    saving.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the labels are (default auto)")
+    saving.add_argument("--records", metavar="DIR", default="none", help="folder that the figures are appended to (default none)")
     return parser
 
 

@@ -119,6 +119,10 @@ def datasets(args: Namespace) -> int:
 
 
 def bench(args: Namespace) -> int:
+    if args.action == "checkpoint":
+        from haste_launch.checkpoint_bench import bench_checkpoint
+
+        return bench_checkpoint(args)
     from haste_launch.bench_settings import read_words
 
     words = read_words(args)  # wrong words fail here, before torch loads

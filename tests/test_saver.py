@@ -1,6 +1,7 @@
 """Checkpoints written behind the steps: what is saved, what a failure leaves, what stays, and that nothing grows."""
 
 import copy
+import json
 import os
 import shutil
 import threading
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_checkpoint import classifier
-from tiny import FULL, make_prepared, read_losses, run_ranks
+from tiny import FULL, haste, make_prepared, read_losses, run_ranks
 
 from haste_dist import checkpoint, saver
 from haste_dist.checkpoint import RunState
@@ -189,7 +190,7 @@ def handles_and_memory() -> tuple[int, int, int]:
 
 def test_memory_and_handles_stay_flat(tmp_path: Path) -> None:
     """A checkpoint every 20 steps: 2,000 of them in the long form."""
-    steps = 2000 if FULL else 400
+    steps = 2000 if FULL else 200
     config = make_prepared(tmp_path, overrides=["train.checkpoint_every=20", f"train.max_steps={steps}", "train.epochs=200"])
     config.train.evaluate_every = 0
     seen: list[tuple[int, int, int]] = []
@@ -236,3 +237,13 @@ def test_a_run_saved_on_four_ranks_goes_on_on_any_number(tmp_path: Path) -> None
         assert [e["step"] for e in read_events(one.run.folder) if e["event"] == "start"] == [13]
         np.testing.assert_allclose(read_losses(one.run.folder), expected[13:], rtol=1e-5)
         assert (saved / f"step-00000020/output-00000-of-0000{ranks}.safetensors").is_file()
+
+
+def test_the_bench_measures_and_removes_what_it_wrote(tmp_path: Path) -> None:
+    words = ["bench", "checkpoint", "--labels", "1000", "--fan-in", "8", "--group", "16", "--device", "cpu"]
+    done = haste(*words, "--out", str(tmp_path / "disk"), "--records", str(tmp_path / "records"))
+    assert done.returncode == 0, done.stderr
+    assert "stall_s" in done.stdout
+    record = json.loads((tmp_path / "records" / "checkpoint.jsonl").read_text())
+    assert record["bytes"] > 1008 * 8 * 4 * 2
+    assert not list((tmp_path / "disk").iterdir())
