@@ -39,9 +39,10 @@ from haste_dist.manifest import (
 )
 from haste_dist.pipeline import Plan, run
 from haste_dist.rows import Problem
-from haste_dist.shards import is_intact, read_page, read_shard, shard_sums, tokenizer_rules, write_shard
+from haste_dist.shards import is_intact, read_page, read_shard, shard_sums, write_shard
 from haste_dist.sources import SPLITS, Source, count_labels, detect_format, find_source
 from haste_dist.storage import Location, whole_address
+from haste_dist.tokens import tokenizer_rules
 
 OURS = re.compile(r"\d{5,}\.(arrow|json)|\..*\.part")  # names that prepare gives to files of a split
 REPORT_SECONDS = 5.0  # between progress lines where there is no terminal
@@ -295,11 +296,16 @@ def _print_summary(manifest: Manifest, folder: Location, written: int, seconds: 
     console.print(table)
     rate = f"{written:,} rows written in {seconds:.1f} s ({written / seconds:,.0f} rows/s)" if written else "up to date, nothing written"
     console.print(rate, highlight=False, soft_wrap=True)
-    notes = [(manifest.unseen_test_labels, f"test labels ({manifest.unseen_test_positives:,} positives) never seen in training, kept")]
-    notes += [(count, f"bad lines left out: {reason} (see {tables.QUARANTINE})") for reason, count in manifest.quarantined.items()]
-    for count, note in notes:
-        if count:
-            console.print(f"{count:,} {note}", highlight=False, soft_wrap=True)
+    if manifest.unseen_test_labels:
+        seen = f"{manifest.unseen_test_labels:,} test labels ({manifest.unseen_test_positives:,} positives) never seen in training, kept"
+        console.print(seen, highlight=False, soft_wrap=True)
+    if manifest.quarantined:
+        table = Table(title=f"bad lines, left out and listed in {folder / tables.QUARANTINE}", title_justify="left")
+        table.add_column("reason")
+        table.add_column("lines", justify="right")
+        for reason, count in manifest.quarantined.items():
+            table.add_row(reason, f"{count:,}")
+        console.print(table)
 
 
 @contextmanager

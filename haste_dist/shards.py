@@ -6,24 +6,21 @@ after a kill every shard that is there can be told from a stale or damaged one, 
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tokenizers import Tokenizer
 
 from haste_dist.blocks import Block, Part
 from haste_dist.manifest import SHARD_SCHEMA, Shard, file_sha256
 from haste_dist.rows import Problem, Row, parse_block
 from haste_dist.storage import Location
+from haste_dist.tokens import tokenise
 
-TEXTS_AT_ONCE = 1024  # the tokenizer keeps strings and masks for every token of a call
 UID_BYTES = 16  # of a uid's hash: n uids are wrongly called repeated with odds of n^2 / 2^129
 
 
@@ -149,30 +146,6 @@ def write_shard(folder: Location, page: ShardPage, batch: pa.RecordBatch) -> Sha
     else:
         place.delete()
     return page
-
-
-def tokenizer_rules(backend: Tokenizer, max_length: int, side: str) -> str:
-    """A tokenizer as one string that workers can load without transformers: it cuts to ``max_length`` and does not pad."""
-    rules = Tokenizer.from_str(backend.to_str())
-    rules.no_padding()
-    rules.enable_truncation(max_length, direction=side)
-    return rules.to_str()
-
-
-@functools.lru_cache(maxsize=1)
-def _load_tokenizer(rules: str) -> Tokenizer:
-    return Tokenizer.from_str(rules)
-
-
-def tokenise(texts: Sequence[str], rules: str) -> pa.ListArray:
-    """list<int32> (n,): the token ids of each text, special tokens included, at most max_length of them."""
-    tokenizer = _load_tokenizer(rules)
-    pieces, lengths = [np.zeros(0, np.int32)], [0]
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts[start : start + TEXTS_AT_ONCE])]
-        pieces.append(np.fromiter(chain.from_iterable(ids), np.int32))
-        lengths += [len(row) for row in ids]
-    return pa.ListArray.from_arrays(np.cumsum(lengths).astype(np.int32), np.concatenate(pieces))
 
 
 def read_shard(folder: Location, shard: Shard) -> pa.RecordBatch:
