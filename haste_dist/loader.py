@@ -48,11 +48,13 @@ class Texts:
         """(rows,) int64 tokens of each text."""
         return self._ids.lengths()[self.positions]
 
-    def tokens(self, row: int) -> np.ndarray:
-        return self._ids[self.positions[row]]
+    def tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of ``rows``, one text after another, and how many each has."""
+        return self._ids.take(self.positions[rows])
 
-    def labels(self, row: int) -> np.ndarray:
-        return self._labels[self.positions[row]]
+    def labels(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Label ids of ``rows``, one text after another, and how many each has."""
+        return self._labels.take(self.positions[rows])
 
 
 class RaggedColumn:
@@ -69,6 +71,13 @@ class RaggedColumn:
         at = int(row - self._starts[chunk])
         offsets = self._offsets[chunk]
         return self._values[chunk][offsets[at] : offsets[at + 1]]
+
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The values of ``rows``, one row after another, and how many each row has."""
+        chunks = np.searchsorted(self._starts, rows, side="right") - 1
+        places = zip(chunks.tolist(), (rows - self._starts[chunks]).tolist(), strict=True)
+        parts = [self._values[chunk][self._offsets[chunk][at] : self._offsets[chunk][at + 1]] for chunk, at in places]
+        return np.concatenate([np.zeros(0, np.int32), *parts]), np.fromiter(map(len, parts), np.int64, len(parts))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -123,22 +132,21 @@ class BatchMaker:
         """``rows``: the N texts of the global batch."""
         start, stop, padded = batch_share(len(rows), self.ranks, self.rank)
         mine = rows[start:stop]
-        tokens = [self.texts.tokens(r) for r in (mine if len(mine) else rows[:1])]
-        tokens += [tokens[0]] * (padded - len(tokens))
-        longest = max(len(t) for t in tokens)
-        input_ids = np.full((padded, longest), self.pad_id, np.int64)
-        mask = np.zeros((padded, longest), np.int64)
-        label_rows = np.full((padded, self.max_labels), -1, np.int64)
-        for i, ids in enumerate(tokens):
-            input_ids[i, : len(ids)] = ids
-            mask[i, : len(ids)] = 1
-        for i, row in enumerate(mine):
-            labels = self.texts.labels(row)
-            label_rows[i, : len(labels)] = self.row_of_label[labels]
-        made = [torch.from_numpy(a) for a in (input_ids, mask, label_rows)]
+        filled = np.concatenate([mine, np.repeat(mine[:1] if len(mine) else rows[:1], padded - len(mine))])
+        made = self.assemble(*self.texts.tokens(filled), *self.texts.labels(mine))
+        return Batch(*made, self.texts.positions[mine], len(rows))
+
+    def assemble(self, tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and label rows of a Batch: ``tokens`` of B texts, ``lengths`` each; ``labels`` of the real ones, ``counts`` each."""
+        within = np.arange(lengths.max()) < lengths[:, None]
+        input_ids = np.full(within.shape, self.pad_id, np.int64)
+        input_ids[within] = tokens
+        label_rows = np.full((len(lengths), self.max_labels), -1, np.int64)
+        label_rows[: len(counts)][np.arange(self.max_labels) < counts[:, None]] = self.row_of_label[labels]
+        input_ids_BS, mask_BS, label_rows_BM = (torch.from_numpy(a) for a in (input_ids, within.astype(np.int64), label_rows))
         if self.pin:
-            made = [t.pin_memory() for t in made]
-        return Batch(made[0], made[1], made[2], self.texts.positions[mine], len(rows))
+            return input_ids_BS.pin_memory(), mask_BS.pin_memory(), label_rows_BM.pin_memory()
+        return input_ids_BS, mask_BS, label_rows_BM
 
 
 class TrainingBatches:
