@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from haste_dist.config import Config
 from haste_dist.manifest import Manifest, open_split
 from haste_dist.sharding import batch_share
+
+if TYPE_CHECKING:
+    from haste_dist.ray_reader import RayBatches
 
 PREFETCHED = 4  # batches made ahead of the step
 ORDER_STREAM, DEV_STREAM = 0, 1  # keep the random streams of one seed apart
@@ -90,7 +95,7 @@ class RaggedColumn:
 def open_texts(prepared: Path, manifest: Manifest, split: str, dev_fraction: float, seed: int) -> Texts:
     """``train``, ``dev`` or ``test``; with a ``dev_fraction`` the dev texts are cut from the training split by the seed."""
     table = open_split(prepared, manifest, "test" if split == "test" else "train")  # dev texts are stored with train
-    if split == "test":
+    if split == "test" or (split == "train" and not dev_fraction):
         return Texts(table)
     shuffled = np.random.default_rng([seed, DEV_STREAM]).permutation(table.num_rows)
     dev = round(dev_fraction * table.num_rows)
@@ -167,7 +172,17 @@ class TrainingBatches:
                 yield from batches[at:]
                 epoch, at = epoch + 1, 0
 
-        return _ahead(self._maker.make, sequence())
+        return ahead(self._maker.make, sequence())
+
+
+def training_batches(config: Config, maker: BatchMaker, prepared: Path) -> "TrainingBatches | RayBatches":
+    """The training batches by the reader that ``data.reader`` names."""
+    wanted = (maker, config.train.batch_size, config.data.length_buckets, config.run.seed)
+    if config.data.reader == "mmap":
+        return TrainingBatches(*wanted)
+    from haste_dist.ray_reader import RayBatches
+
+    return RayBatches(*wanted, prepared, config.data.dev_fraction)
 
 
 def scoring_batches(maker: BatchMaker, batch_size: int, limit: int = 0) -> Iterator[Batch]:
@@ -176,10 +191,10 @@ def scoring_batches(maker: BatchMaker, batch_size: int, limit: int = 0) -> Itera
     if 0 < limit < len(chosen):
         chosen = np.linspace(0, len(chosen) - 1, limit).astype(np.int64)
     chosen = chosen[np.argsort(maker.texts.lengths()[chosen], kind="stable")]
-    return _ahead(maker.make, iter(np.split(chosen, range(batch_size, len(chosen), batch_size))))
+    return ahead(maker.make, iter(np.split(chosen, range(batch_size, len(chosen), batch_size))))
 
 
-def _ahead(make: Callable[[np.ndarray], Batch], sequence: Iterator[np.ndarray]) -> Iterator[Batch]:
+def ahead(make: Callable[[Any], Batch], sequence: Iterator[Any]) -> Iterator[Batch]:
     """``map(make, sequence)``, computed a few items ahead in a thread."""
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
         waiting = []

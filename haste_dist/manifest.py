@@ -85,9 +85,9 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path, name: str = MANIFEST) -> Manifest:
     """The manifest of a prepared folder. Raises DataError where there is none, or it is damaged or of another version."""
-    path = Path(folder) / MANIFEST
+    path = Path(folder) / name
     try:
         page = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

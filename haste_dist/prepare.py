@@ -37,6 +37,7 @@ from haste_dist.manifest import (
     read_manifest,
     write_manifest,
 )
+from haste_dist.mirror import ORDER_FILES, copy_folder, fetch, publish
 from haste_dist.pipeline import Plan, run
 from haste_dist.rows import Problem
 from haste_dist.shards import is_intact, read_page, read_shard, shard_sums, write_shard
@@ -45,6 +46,7 @@ from haste_dist.storage import Location, whole_address
 from haste_dist.tokens import tokenizer_rules
 
 OURS = re.compile(r"\d{5,}\.(arrow|json)|\..*\.part")  # names that prepare gives to files of a split
+TABLES = (LABEL_TEXTS, tables.QUARANTINE, *(tables.filter_file(split) for split in SPLITS))
 REPORT_SECONDS = 5.0  # between progress lines where there is no terminal
 
 
@@ -59,7 +61,7 @@ def prepare(config: Config) -> Manifest:
     _check_settings(config)
     source = find_source(data)
     folder = whole_address(data.prepared)
-    work = folder.local
+    work = copy_folder(folder)
     tokenizer = load_tokenizer(config.encoder)
     side = str(tokenizer.truncation_side)
     record = TokenizerRecord(
@@ -72,9 +74,11 @@ def prepare(config: Config) -> Manifest:
     settings = [SCHEMA_VERSION, origin, record.fingerprint, side, data.max_length, data.rows_per_shard, data.limit]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     started, written, stop = time.perf_counter(), 0, data.on_error == "stop"
+    if not folder.is_local and (folder / MANIFEST).is_file():
+        fetch(folder, work)
     manifest = _complete(folder, work, fingerprint, stop)
     if manifest is None:
-        _clear(work)
+        _clear(folder, work)
         labels = count_labels(source, stop)
         parts = [
             part
@@ -86,9 +90,12 @@ def prepare(config: Config) -> Manifest:
         manifest = Manifest(origin, 0, data.max_length, record, {}, fingerprint=fingerprint)
         found, written = _convert(plan, rules, data.workers, stop, work)
         _finish(source, plan, found, stop, data.limit, work, manifest)
-    _remove_leftovers(work, manifest)
+    _remove_leftovers(folder, manifest)
     _print_summary(manifest, folder, written, time.perf_counter() - started)
+    if not folder.is_local:
+        fetch(folder, work)
     _order_labels(config, work, manifest)
+    publish(work, folder, ORDER_FILES)
     return manifest
 
 
@@ -121,30 +128,23 @@ def _complete(folder: Location, work: Path, fingerprint: str, stop: bool) -> Man
     return manifest if all((work / name).is_file() for name in others) and all(is_intact(folder, shard) for shard in shards) else None
 
 
-def _clear(work: Path) -> None:
+def _clear(folder: Location, work: Path) -> None:
     """Removes what an earlier run left beside its shards, the manifest first. Shards are told from stale ones by their pages."""
-    names = [MANIFEST, "groups.json", "labels.arrow", LABEL_TEXTS, tables.QUARANTINE, *(tables.filter_file(split) for split in SPLITS)]
     try:
         work.mkdir(parents=True, exist_ok=True)
-        for name in names:
+        for name in (MANIFEST, *TABLES, *ORDER_FILES):
             (work / name).unlink(missing_ok=True)
     except OSError as error:
-        raise _cannot_make(work, error) from None
+        raise DataError(f"{error.filename or work}: cannot be made or replaced ({error.strerror}); check data.prepared") from None
+    publish(work, folder, (MANIFEST, *TABLES, *ORDER_FILES))
 
 
-def _cannot_make(work: Path, error: OSError) -> DataError:
-    return DataError(f"{error.filename or work}: cannot be made or replaced ({error.strerror}); check data.prepared")
-
-
-def _remove_leftovers(work: Path, manifest: Manifest) -> None:
+def _remove_leftovers(folder: Location, manifest: Manifest) -> None:
     """Removes pages, which have done their duty, and the shards of earlier settings."""
-    keep = {work / shard.file for split in manifest.splits.values() for shard in split.shards}
-    try:
-        for path in (path for split in SPLITS for path in (work / split).glob("*")):
-            if OURS.fullmatch(path.name) and path not in keep:
-                path.unlink()
-    except OSError as error:
-        raise _cannot_make(work, error) from None
+    keep = {folder / shard.file for split in manifest.splits.values() for shard in split.shards}
+    for file in (file for split in SPLITS for file in (folder / split).files()):
+        if OURS.fullmatch(file.name) and file not in keep:
+            file.delete()
 
 
 @dataclass
@@ -266,6 +266,7 @@ def _finish(source: Source, plan: Plan, found: dict[str, Found], stop: bool, lim
         raise problems[0].error()
     manifest.quarantined = tables.write_quarantine(work, (p for some in (sorted(problems), _problems(plan, found)) for p in some))
     write_manifest(work, manifest)
+    publish(work, plan.folder, (*TABLES, MANIFEST))
 
 
 def _order_labels(config: Config, folder: Path, manifest: Manifest) -> None:

@@ -136,8 +136,9 @@ def whole_address(address: str) -> Location:
 def _filesystem(scheme: str, bucket: str) -> fs.FileSystem:
     if not scheme:
         return fs.LocalFileSystem()
-    if scheme == "s3" and {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"} & set(os.environ):
-        return fs.S3FileSystem()  # from_uri would ask Amazon for the bucket's region
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if scheme == "s3" and endpoint:  # from_uri would ask Amazon for the bucket's region
+        return fs.S3FileSystem(endpoint_override=endpoint, region=os.environ.get("AWS_REGION") or "us-east-1")
     try:
         return fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
     except pa.ArrowInvalid:

@@ -5,31 +5,18 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_turn import LABELS, contents, run_in_turn, settings
 from raw_sources import json_lines, make_texts, make_wordpiece, write_lines, write_source
 
 import haste_dist.prepare
-from haste_dist import pipeline
-from haste_dist.config import Config, load_config
+from haste_dist.config import Config
 from haste_dist.errors import DataError
 from haste_dist.manifest import open_split, read_manifest
 from haste_dist.prepare import prepare
-
-LABELS = 40
-
-
-def run_in_turn(plan: pipeline.Plan, rules: str, workers: int) -> Iterator[dict[str, Any]]:
-    """What ``pipeline.run`` does, in this process; blocks come back in a shuffled order, as from many workers."""
-    import pyarrow as pa
-
-    for part in random.Random(0).sample(range(len(plan.parts)), len(plan.parts)):
-        items = list(pipeline._read_task(pa.table({"part": [part]}), plan))
-        for item in random.Random(1).sample(items, len(items)):
-            yield from pipeline._write_task(item, plan, rules).to_pylist()
 
 
 @pytest.fixture(autouse=True)
@@ -40,16 +27,6 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_wordpiece(tmp_path_factory.mktemp("tokenizer"))
-
-
-def settings(source: Path, prepared: Path, wordpiece: Path, *overrides: str) -> Config:
-    words = [f"data.source={source}", f"data.prepared={prepared}", "data.rows_per_shard=16", "data.max_length=8"]
-    words += [f"encoder.tokenizer={wordpiece}", "groups.method=frequency", "output.group_size=16", "data.on_error=quarantine"]
-    return load_config(None, [*words, *overrides])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def killed_at(config: Config, change: int) -> bool:
