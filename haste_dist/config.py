@@ -43,17 +43,20 @@ class RunConfig:
 
 @dataclass
 class DataConfig:
-    source: str = setting("", "folder with the raw texts and labels (read by prepare)")
-    prepared: str = setting("", "folder with Arrow shards and manifest (written by prepare, read by all else)")
+    source: str = setting("", "folder with the raw texts and labels (read by prepare), here or in an object store (s3://...)")
+    prepared: str = setting("", "folder with Arrow shards and manifest (written by prepare, read by all else), here or s3://...")
     format: str = setting(
         "auto", "layout of the source; auto looks at the file names", choices=("auto", "jsonl", "text", "parquet", "arrow")
     )
     max_length: int = setting(128, "tokens a text, special tokens included; longer texts are cut", low=4, high=8192)
-    rows_per_shard: int = setting(16384, "texts in one Arrow shard", low=1, high=2**24)
+    rows_per_shard: int = setting(16384, "lines of the source that make one Arrow shard, at most", low=1, high=2**24)
     limit: int = setting(0, "use only the first this many training texts (0: all)", low=0)
     on_error: str = setting("stop", "bad input: stop at the first, or quarantine it and go on", choices=("stop", "quarantine"))
     dev_fraction: float = setting(0.0, "part of the training texts held out for evaluation instead of the test split", low=0.0, high=0.5)
     length_buckets: int = setting(32, "batches sorted by length together, to save padding (1: none)", low=1, high=4096)
+    reader: str = setting(
+        "mmap", "how training reads the shards: memory-mapped by each rank, or streamed through Ray Data", choices=("mmap", "ray")
+    )
     workers: int = setting(0, "CPUs that prepare uses (0: all of the machine or cluster)", low=0)
 
 

@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from haste_dist.config import Config
 from haste_dist.manifest import Manifest, open_split
 from haste_dist.sharding import batch_share
+
+if TYPE_CHECKING:
+    from haste_dist.ray_reader import RayBatches
 
 PREFETCHED = 4  # batches made ahead of the step
 ORDER_STREAM, DEV_STREAM = 0, 1  # keep the random streams of one seed apart
@@ -48,11 +53,13 @@ class Texts:
         """(rows,) int64 tokens of each text."""
         return self._ids.lengths()[self.positions]
 
-    def tokens(self, row: int) -> np.ndarray:
-        return self._ids[self.positions[row]]
+    def tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of ``rows``, one text after another, and how many each has."""
+        return self._ids.take(self.positions[rows])
 
-    def labels(self, row: int) -> np.ndarray:
-        return self._labels[self.positions[row]]
+    def labels(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Label ids of ``rows``, one text after another, and how many each has."""
+        return self._labels.take(self.positions[rows])
 
 
 class RaggedColumn:
@@ -70,6 +77,13 @@ class RaggedColumn:
         offsets = self._offsets[chunk]
         return self._values[chunk][offsets[at] : offsets[at + 1]]
 
+    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The values of ``rows``, one row after another, and how many each row has."""
+        chunks = np.searchsorted(self._starts, rows, side="right") - 1
+        places = zip(chunks.tolist(), (rows - self._starts[chunks]).tolist(), strict=True)
+        parts = [self._values[chunk][self._offsets[chunk][at] : self._offsets[chunk][at + 1]] for chunk, at in places]
+        return np.concatenate([np.zeros(0, np.int32), *parts]), np.fromiter(map(len, parts), np.int64, len(parts))
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -81,7 +95,7 @@ class RaggedColumn:
 def open_texts(prepared: Path, manifest: Manifest, split: str, dev_fraction: float, seed: int) -> Texts:
     """``train``, ``dev`` or ``test``; with a ``dev_fraction`` the dev texts are cut from the training split by the seed."""
     table = open_split(prepared, manifest, "test" if split == "test" else "train")  # dev texts are stored with train
-    if split == "test":
+    if split == "test" or (split == "train" and not dev_fraction):
         return Texts(table)
     shuffled = np.random.default_rng([seed, DEV_STREAM]).permutation(table.num_rows)
     dev = round(dev_fraction * table.num_rows)
@@ -123,22 +137,21 @@ class BatchMaker:
         """``rows``: the N texts of the global batch."""
         start, stop, padded = batch_share(len(rows), self.ranks, self.rank)
         mine = rows[start:stop]
-        tokens = [self.texts.tokens(r) for r in (mine if len(mine) else rows[:1])]
-        tokens += [tokens[0]] * (padded - len(tokens))
-        longest = max(len(t) for t in tokens)
-        input_ids = np.full((padded, longest), self.pad_id, np.int64)
-        mask = np.zeros((padded, longest), np.int64)
-        label_rows = np.full((padded, self.max_labels), -1, np.int64)
-        for i, ids in enumerate(tokens):
-            input_ids[i, : len(ids)] = ids
-            mask[i, : len(ids)] = 1
-        for i, row in enumerate(mine):
-            labels = self.texts.labels(row)
-            label_rows[i, : len(labels)] = self.row_of_label[labels]
-        made = [torch.from_numpy(a) for a in (input_ids, mask, label_rows)]
+        filled = np.concatenate([mine, np.repeat(mine[:1] if len(mine) else rows[:1], padded - len(mine))])
+        made = self.assemble(*self.texts.tokens(filled), *self.texts.labels(mine))
+        return Batch(*made, self.texts.positions[mine], len(rows))
+
+    def assemble(self, tokens: np.ndarray, lengths: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and label rows of a Batch: ``tokens`` of B texts, ``lengths`` each; ``labels`` of the real ones, ``counts`` each."""
+        within = np.arange(lengths.max()) < lengths[:, None]
+        input_ids = np.full(within.shape, self.pad_id, np.int64)
+        input_ids[within] = tokens
+        label_rows = np.full((len(lengths), self.max_labels), -1, np.int64)
+        label_rows[: len(counts)][np.arange(self.max_labels) < counts[:, None]] = self.row_of_label[labels]
+        input_ids_BS, mask_BS, label_rows_BM = (torch.from_numpy(a) for a in (input_ids, within.astype(np.int64), label_rows))
         if self.pin:
-            made = [t.pin_memory() for t in made]
-        return Batch(made[0], made[1], made[2], self.texts.positions[mine], len(rows))
+            return input_ids_BS.pin_memory(), mask_BS.pin_memory(), label_rows_BM.pin_memory()
+        return input_ids_BS, mask_BS, label_rows_BM
 
 
 class TrainingBatches:
@@ -159,7 +172,17 @@ class TrainingBatches:
                 yield from batches[at:]
                 epoch, at = epoch + 1, 0
 
-        return _ahead(self._maker.make, sequence())
+        return ahead(self._maker.make, sequence())
+
+
+def training_batches(config: Config, maker: BatchMaker, batch_size: int, prepared: Path) -> "TrainingBatches | RayBatches":
+    """The training batches by the reader that ``data.reader`` names."""
+    wanted = (maker, batch_size, config.data.length_buckets, config.run.seed)
+    if config.data.reader == "mmap":
+        return TrainingBatches(*wanted)
+    from haste_dist.ray_reader import RayBatches
+
+    return RayBatches(*wanted, prepared, config.data.dev_fraction)
 
 
 def scoring_batches(maker: BatchMaker, batch_size: int, limit: int = 0) -> Iterator[Batch]:
@@ -168,10 +191,10 @@ def scoring_batches(maker: BatchMaker, batch_size: int, limit: int = 0) -> Itera
     if 0 < limit < len(chosen):
         chosen = np.linspace(0, len(chosen) - 1, limit).astype(np.int64)
     chosen = chosen[np.argsort(maker.texts.lengths()[chosen], kind="stable")]
-    return _ahead(maker.make, iter(np.split(chosen, range(batch_size, len(chosen), batch_size))))
+    return ahead(maker.make, iter(np.split(chosen, range(batch_size, len(chosen), batch_size))))
 
 
-def _ahead(make: Callable[[np.ndarray], Batch], sequence: Iterator[np.ndarray]) -> Iterator[Batch]:
+def ahead(make: Callable[[Any], Batch], sequence: Iterator[Any]) -> Iterator[Batch]:
     """``map(make, sequence)``, computed a few items ahead in a thread."""
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as pool:
         waiting = []

@@ -85,9 +85,9 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path, name: str = MANIFEST) -> Manifest:
     """The manifest of a prepared folder. Raises DataError where there is none, or it is damaged or of another version."""
-    path = Path(folder) / MANIFEST
+    path = Path(folder) / name
     try:
         page = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -158,7 +158,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with atomic_file(path) as file:
             yield file
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error) from None
 
 
 @contextmanager
@@ -178,7 +178,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def _cannot_write(path: Path, error: OSError) -> DataError:
+def cannot_write(path: Path, error: OSError) -> DataError:
+    """What to raise where a file cannot be written; a full disk is told with its free space."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DataError(f"{path}: cannot be written ({error.strerror or error}); check data.prepared and its permissions")
     free = shutil.disk_usage(path.parent).free / 2**20

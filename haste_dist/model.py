@@ -14,6 +14,7 @@ from haste_dist.engine import EncoderEngine
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.label_groups import LabelOrder, head_size, load_label_order
 from haste_dist.manifest import Manifest, read_manifest
+from haste_dist.mirror import local_copy
 from haste_dist.sharding import label_shard
 from haste_dist.world import World
 
@@ -33,7 +34,7 @@ def open_prepared(config: Config) -> Prepared:
     """Opens ``data.prepared`` and checks that it was made for this config. Raises ConfigError or DataError."""
     if not config.data.prepared:
         raise ConfigError("data.prepared is empty: name the folder that haste prepare wrote")
-    folder = Path(config.data.prepared)
+    folder = local_copy(config.data.prepared)
     manifest = read_manifest(folder)
     order = load_label_order(folder)
     made = tokenizer_fingerprint(load_tokenizer(config.encoder))

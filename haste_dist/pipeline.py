@@ -1,9 +1,11 @@
-"""The Ray Data pipeline of prepare: reader tasks stream chunks of rows, tasks on all CPUs make a shard of each.
+"""The Ray Data pipeline of prepare: reader tasks cut files into blocks, tasks on all CPUs make a shard of each.
 
-Only a few chunks exist at a time, so memory stays flat however long the files are. Errors travel as values of the records, not as
-exceptions, which Ray would wrap and log.
+A reader only looks for line ends, so one keeps tens of CPUs busy; parsing, checks, tokenising and writing are the other tasks'
+work. Ray Data holds the readers back when blocks pile up, so memory stays flat however long the files are. Errors travel as values
+of the records, not as exceptions, which Ray would wrap and log.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -11,76 +13,83 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from haste_dist.blocks import Block, Part, Truncated, read_blocks
 from haste_dist.errors import DataError, HasteError
 from haste_dist.manifest import first_line
-from haste_dist.shards import read_chunks, shard_name, write_shard
-from haste_dist.sources import Problem, Source
+from haste_dist.rows import Problem
+from haste_dist.shards import make_shard, read_page, read_shard, shard_sums, uid_hashes
+from haste_dist.storage import Location
+
+CPUS_A_READER = 16  # readers at work at once: one for so many CPUs, but two at least
 
 
 @dataclass(frozen=True)
 class Plan:
     """What every task of the pipeline needs to know. ``labels`` is None where there is no label file."""
 
-    source: Source
-    folder: Path
+    parts: tuple[Part, ...]
+    folder: Location
     labels: int | None
     rows_per_shard: int
-    limit: int
-    stop: bool
     fingerprint: str
-    finished: frozenset[str]
 
 
-ITEM_SCHEMA = pa.schema(
+BLOCK_SCHEMA = pa.schema(
     [
-        ("split", pa.string()),
-        ("shard", pa.int64()),
-        ("uids", pa.list_(pa.string())),
-        ("texts", pa.list_(pa.large_string())),
-        ("labels", pa.list_(pa.list_(pa.int32()))),
-        ("problems", pa.list_(pa.string())),
+        ("part", pa.int64()),
+        ("number", pa.int64()),
+        ("first_row", pa.int64()),
+        ("first_line", pa.int64()),
+        ("data", pa.list_(pa.large_binary())),
+        ("end", pa.int64()),
+        ("problem", pa.string()),
         ("error", pa.string()),
     ]
 )
-"""A chunk on its way to be written. shard is -1 and the rows are left out where there is nothing to write."""
+"""A block on its way to be written, or the end of a part. end is how many blocks the part had, -1 before its end."""
 
 RECORD_SCHEMA = pa.schema(
     [
-        ("split", pa.string()),
-        ("shard", pa.int64()),
-        ("rows", pa.int64()),
-        ("bytes", pa.int64()),
-        ("sha256", pa.string()),
-        ("problems", pa.list_(pa.string())),
+        ("part", pa.int64()),
+        ("number", pa.int64()),
+        ("end", pa.int64()),
+        ("page", pa.string()),
+        ("sums", pa.string()),
+        ("uids", pa.large_binary()),
+        ("labels", pa.large_binary()),
+        ("fresh", pa.bool_()),
+        ("problem", pa.string()),
         ("error", pa.string()),
     ]
 )
-"""What became of a chunk. problems are Problem tuples as JSON; error is one line that ends the run, or empty."""
+"""What became of a block: shard and first problem as JSON, sums, hashes of uids, label ids (int32), whether it was made now.
+error is one line that ends the run, or empty."""
 
 
 def run(plan: Plan, rules: str, workers: int) -> Generator[dict[str, Any], None, None]:
-    """Yields a record of RECORD_SCHEMA for each chunk, in any order; closing it early stops the tasks.
+    """Yields a record of RECORD_SCHEMA for each block, and one for the end of each part, in any order; closing it early stops the tasks.
 
     ``rules`` is the serialised tokenizer, ``workers`` the most CPUs to use (0: all). Raises DataError if a worker dies.
     """
+    import ray
     import ray.data
     from ray.data import DataContext
 
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = 1  # an item is a whole chunk already: never join two into one block
+    context.target_max_block_size = 1  # an item is a whole block already: never join two into one
+    readers = max(2, int(workers or ray.cluster_resources().get("CPU", 1)) // CPUS_A_READER)
     with DataContext.current(context), _quiet():
         # The readers ask for no CPU: they mostly wait, and a CPU of their own would cost a machine of two cores half its speed.
-        chunks = ray.data.from_items([{"split": split} for split in plan.source.splits]).map_batches(
-            partial(_read_task, plan=plan), batch_size=1, batch_format="pyarrow", num_cpus=0
+        blocks = ray.data.from_items([{"part": part} for part in range(len(plan.parts))]).map_batches(
+            partial(_read_task, plan=plan), batch_size=1, batch_format="pyarrow", num_cpus=0, concurrency=readers
         )
-        records = chunks.map_batches(
+        records = blocks.map_batches(
             partial(_write_task, plan=plan, rules=rules),
             batch_size=1,
             batch_format="pyarrow",
@@ -95,43 +104,62 @@ def run(plan: Plan, rules: str, workers: int) -> Generator[dict[str, Any], None,
 
 
 def _read_task(batch: pa.Table, plan: Plan) -> Iterator[pa.Table]:
-    """Streams a split as items of one chunk each; the rows of finished shards are left out. shard is -1 where there is none."""
-    for split in batch["split"].to_pylist():
-        number = 0
+    """Streams parts as items of one block each."""
+    for number in batch["part"].to_pylist():
+        part, blocks = plan.parts[number], 0
+        end = {"part": number, "number": -1, "first_row": 0, "first_line": 0, "data": [], "problem": "", "error": ""}
         try:
-            limit = plan.limit if split == "train" else 0
-            for rows, problems in read_chunks(plan.source, split, plan.labels, plan.rows_per_shard, limit, plan.stop):
-                shard = number if rows else -1
-                send = [] if shard_name(split, shard) in plan.finished else rows
-                yield _item(split, shard, [row.uid for row in send], [row.text for row in send], [row.labels for row in send], problems)
-                number += 1
+            for block in read_blocks(part, plan.rows_per_shard):
+                yield _table({**end, **vars(block), "end": -1}, BLOCK_SCHEMA)
+                blocks += 1
+        except Truncated as error:
+            line, detail, file = error.args
+            end["problem"] = json.dumps(Problem(file, line + 1, "truncated file", detail))
         except HasteError as error:
-            yield _item(split, -1, [], [], [], [], str(error))
+            end["error"] = str(error)
+        yield _table({**end, "end": blocks}, BLOCK_SCHEMA)
 
 
-def _item(
-    split: str, shard: int, uids: list[str], texts: list[str], labels: list[list[int]], problems: list[Problem], error: str = ""
-) -> pa.Table:
-    values = [[split], [shard], [uids], [texts], [labels], [[json.dumps(problem) for problem in problems]], [error]]
-    return pa.table([pa.array(value, field.type) for value, field in zip(values, ITEM_SCHEMA, strict=True)], schema=ITEM_SCHEMA)
+def _table(values: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    return pa.table([pa.array([values[field.name]], field.type) for field in schema], schema=schema)
 
 
 def _write_task(batch: pa.Table, plan: Plan, rules: str) -> pa.Table:
-    """Tokenises and writes the chunk of an item, if it has one, and passes its problems on."""
+    """Makes the shard of a block, unless an earlier run finished it, and tells what is in it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Ray gives this task one CPU
-    records = []
-    for item in batch.to_pylist():
-        record = {"split": item["split"], "shard": item["shard"], "problems": item["problems"], "error": item["error"]}
-        record |= {"rows": 0, "bytes": 0, "sha256": ""}
-        if item["uids"]:
-            file = shard_name(item["split"], item["shard"])
+    tables = []
+    for i in range(batch.num_rows):
+        item = batch.slice(i, 1)
+        values = {name: item[name][0].as_py() for name in ("part", "number", "first_row", "first_line", "end", "problem", "error")}
+        record = {**values, "page": "", "sums": "", "uids": b"", "labels": b"", "fresh": False}
+        if values["number"] >= 0:
+            data = [run.as_buffer() for run in item["data"][0].values]
+            block = Block(values["number"], values["first_row"], values["first_line"], data)
             try:
-                shard = write_shard(plan.folder, file, item["uids"], item["texts"], item["labels"], rules, plan.fingerprint)
-                record |= {"rows": shard.rows, "bytes": shard.bytes, "sha256": shard.sha256}
+                record |= _write_block(plan, plan.parts[values["part"]], block, rules)
             except HasteError as error:
                 record["error"] = str(error)
-        records.append(record)
-    return pa.Table.from_pylist(records, schema=RECORD_SCHEMA)
+        tables.append(_table(record, RECORD_SCHEMA))
+    return pa.concat_tables(tables)
+
+
+def _write_block(plan: Plan, part: Part, block: Block, rules: str) -> dict[str, Any]:
+    page = read_page(plan.folder, part.split, block.number, plan.fingerprint)
+    fresh = page is None
+    if page is None:
+        page, rows = make_shard(plan.folder, part, block, plan.labels, rules, plan.fingerprint)
+    elif page.shard.rows:
+        rows = read_shard(plan.folder, page.shard)
+    else:
+        return {"page": json.dumps(dataclasses.asdict(page.shard)), "sums": "{}", "problem": json.dumps(page.problems[0])}
+    return {
+        "page": json.dumps(dataclasses.asdict(page.shard)),
+        "sums": json.dumps(shard_sums(rows)),
+        "uids": uid_hashes(rows["uid"].to_pylist()) if part.format != "text" else b"",
+        "labels": rows["labels"].flatten().to_numpy().tobytes(),
+        "fresh": fresh,
+        "problem": json.dumps(page.problems[0]) if page.problems else "",
+    }
 
 
 def _unwrap(error: BaseException) -> BaseException:

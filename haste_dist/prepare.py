@@ -2,6 +2,7 @@
 
 What is written is a pure function of the source and the settings, not of the number of workers. A rerun with the same ones keeps the
 shards that are finished; with others it starts anew. The manifest goes first when something changes and comes last when all is there.
+Rows keep their order: training draws an order of its own from its seed, so shuffled shards would serve nothing.
 """
 
 import hashlib
@@ -10,7 +11,8 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from haste_dist import tables
+from haste_dist.blocks import make_parts
 from haste_dist.config import Config
+from haste_dist.duplicates import UidLedger
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.manifest import (
     LABEL_TEXTS,
@@ -28,17 +32,21 @@ from haste_dist.manifest import (
     SCHEMA_VERSION,
     Manifest,
     Shard,
-    Split,
     TokenizerRecord,
     file_sha256,
     read_manifest,
     write_manifest,
 )
+from haste_dist.mirror import ORDER_FILES, copy_folder, fetch, publish
 from haste_dist.pipeline import Plan, run
-from haste_dist.shards import finished_shards, is_intact, record_path, shard_name, tokenizer_rules
-from haste_dist.sources import SPLITS, Problem, count_labels, detect_format, find_source
+from haste_dist.rows import Problem
+from haste_dist.shards import is_intact, read_page, read_shard, shard_sums, write_shard
+from haste_dist.sources import SPLITS, Source, count_labels, detect_format, find_source
+from haste_dist.storage import Location, whole_address
+from haste_dist.tokens import tokenizer_rules
 
 OURS = re.compile(r"\d{5,}\.(arrow|json)|\..*\.part")  # names that prepare gives to files of a split
+TABLES = (LABEL_TEXTS, tables.QUARANTINE, *(tables.filter_file(split) for split in SPLITS))
 REPORT_SECONDS = 5.0  # between progress lines where there is no terminal
 
 
@@ -52,7 +60,8 @@ def prepare(config: Config) -> Manifest:
     data = config.data
     _check_settings(config)
     source = find_source(data)
-    folder = Path(data.prepared).absolute()
+    folder = whole_address(data.prepared)
+    work = copy_folder(folder)
     tokenizer = load_tokenizer(config.encoder)
     side = str(tokenizer.truncation_side)
     record = TokenizerRecord(
@@ -61,26 +70,32 @@ def prepare(config: Config) -> Manifest:
         pad_id=int(tokenizer.pad_token_id),
         vocab_size=len(tokenizer),
     )
-    origin = {
-        "format": source.format,
-        "files": [{"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in source.files()],
-    }
-    settings = [SCHEMA_VERSION, origin, record.fingerprint, side, data.max_length, data.rows_per_shard, data.limit, data.on_error]
+    origin = {"format": source.format, "files": [_describe(file) for file in source.files()]}
+    settings = [SCHEMA_VERSION, origin, record.fingerprint, side, data.max_length, data.rows_per_shard, data.limit]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    started, written = time.perf_counter(), 0
-    manifest = _complete(folder, fingerprint)
+    started, written, stop = time.perf_counter(), 0, data.on_error == "stop"
+    if not folder.is_local and (folder / MANIFEST).is_file():
+        fetch(folder, work)
+    manifest = _complete(folder, work, fingerprint, stop)
     if manifest is None:
-        finished = _clear(folder, finished_shards(folder, SPLITS, fingerprint))
-        stop = data.on_error == "stop"
+        _clear(folder, work)
         labels = count_labels(source, stop)
-        plan = Plan(source, folder, labels, data.rows_per_shard, data.limit, stop, fingerprint, frozenset(finished))
+        parts = [
+            part
+            for split, files in source.splits.items()
+            for part in make_parts(split, source.format, files, data.rows_per_shard, data.limit if split == "train" else 0)
+        ]
+        plan = Plan(tuple(parts), folder, labels, data.rows_per_shard, fingerprint)
+        rules = tokenizer_rules(tokenizer.backend_tokenizer, data.max_length, side)
         manifest = Manifest(origin, 0, data.max_length, record, {}, fingerprint=fingerprint)
-        written = _convert(plan, tokenizer_rules(tokenizer.backend_tokenizer, data.max_length, side), data.workers, finished, manifest)
-    for split in SPLITS:  # records of single shards have done their duty
-        for path in (folder / split).glob("*.json"):
-            path.unlink()
+        found, written = _convert(plan, rules, data.workers, stop, work)
+        _finish(source, plan, found, stop, data.limit, work, manifest)
+    _remove_leftovers(folder, manifest)
     _print_summary(manifest, folder, written, time.perf_counter() - started)
-    _order_labels(config, folder, manifest)
+    if not folder.is_local:
+        fetch(folder, work)
+    _order_labels(config, work, manifest)
+    publish(work, folder, ORDER_FILES)
     return manifest
 
 
@@ -88,91 +103,170 @@ def _check_settings(config: Config) -> None:
     data = config.data
     if not data.prepared:
         raise ConfigError("data.prepared is empty; set it to the folder that the prepared data shall go to")
-    if detect_format(Path(data.prepared)):  # its labels.arrow, for one, would be replaced
+    if detect_format(whole_address(data.prepared)):  # its labels.arrow, for one, would be replaced
         raise ConfigError(f"data.prepared={data.prepared} holds raw texts; choose another folder for the prepared data")
     if data.rows_per_shard * data.max_length >= 2**31:
         raise ConfigError(f"data.rows_per_shard={data.rows_per_shard}: times data.max_length it must stay below 2^31 tokens; lower it")
 
 
-def _complete(folder: Path, fingerprint: str) -> Manifest | None:
+def _describe(file: Location) -> dict[str, Any]:
+    """What tells one version of a source file from another; the checksum where that is no download."""
+    about = {"name": file.name, "bytes": file.size()}
+    return about | ({"sha256": file_sha256(file.local)} if file.is_local else {"changed": file.changed()})
+
+
+def _complete(folder: Location, work: Path, fingerprint: str, stop: bool) -> Manifest | None:
     """The manifest of a folder that is whole and made from the same source with the same settings, else None."""
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(work)
     except DataError:
+        return None
+    if manifest.fingerprint != fingerprint or (stop and manifest.quarantined):
         return None
     others = [LABEL_TEXTS, *(tables.filter_file(split) for split in manifest.filters)]
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    whole = manifest.fingerprint == fingerprint and all((folder / name).is_file() for name in others)
-    return manifest if whole and all(is_intact(folder, shard) for shard in shards) else None
+    return manifest if all((work / name).is_file() for name in others) and all(is_intact(folder, shard) for shard in shards) else None
 
 
-def _clear(folder: Path, finished: dict[str, Shard]) -> dict[str, Shard]:
-    """Removes what an earlier run left, the manifest first, except ``finished`` shards and their records."""
-    keep = {folder / file for file in finished} | {record_path(folder, file) for file in finished}
-    names = [MANIFEST, "groups.json", "labels.arrow", LABEL_TEXTS, tables.QUARANTINE, *(tables.filter_file(split) for split in SPLITS)]
+def _clear(folder: Location, work: Path) -> None:
+    """Removes what an earlier run left beside its shards, the manifest first. Shards are told from stale ones by their pages."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
-        for path in (path for split in SPLITS for path in (folder / split).glob("*")):
-            if OURS.fullmatch(path.name) and path not in keep:
-                path.unlink()
+        work.mkdir(parents=True, exist_ok=True)
+        for name in (MANIFEST, *TABLES, *ORDER_FILES):
+            (work / name).unlink(missing_ok=True)
     except OSError as error:
-        raise DataError(f"{error.filename or folder}: cannot be made or replaced ({error.strerror}); check data.prepared") from None
-    return finished
+        raise DataError(f"{error.filename or work}: cannot be made or replaced ({error.strerror}); check data.prepared") from None
+    publish(work, folder, (MANIFEST, *TABLES, *ORDER_FILES))
 
 
-def _convert(plan: Plan, rules: str, workers: int, finished: dict[str, Shard], manifest: Manifest) -> int:
-    """Runs the pipeline, writes all tables and the manifest, which it completes; returns the number of rows tokenised."""
-    shards: dict[str, dict[int, Shard]] = {split: {} for split in plan.source.splits}
-    problems: dict[str, list[Problem]] = {split: [] for split in plan.source.splits}
-    written = 0
-    with _progress() as report, closing(run(plan, rules, workers)) as records:
+def _remove_leftovers(folder: Location, manifest: Manifest) -> None:
+    """Removes pages, which have done their duty, and the shards of earlier settings."""
+    keep = {folder / shard.file for split in manifest.splits.values() for shard in split.shards}
+    for file in (file for split in SPLITS for file in (folder / split).files()):
+        if OURS.fullmatch(file.name) and file not in keep:
+            file.delete()
+
+
+@dataclass
+class Found:
+    """What the pipeline told of a split."""
+
+    tally: tables.Tally
+    parts: dict[int, int] = field(default_factory=dict)  # blocks of each part that was read to its end
+    arrived: set[int] = field(default_factory=set)  # numbers of the blocks
+    first_problem: dict[int, Problem] = field(default_factory=dict)  # of each block that had one
+    broken: list[Problem] = field(default_factory=list)  # files that break off
+
+
+def _convert(plan: Plan, rules: str, workers: int, stop: bool, work: Path) -> tuple[dict[str, Found], int]:
+    """Runs the pipeline until every block is a shard; returns what is in each split, and the number of rows tokenised."""
+    found = {part.split: Found(tables.Tally(plan.labels)) for part in plan.parts}
+    written = rows = 0
+    with _progress() as report, ExitStack() as stack, closing(run(plan, rules, workers)) as records:
+        ledgers = {split: stack.enter_context(UidLedger(work / f".{split}.uids")) for split in found}
         for record in records:
             if record["error"]:
                 raise DataError(record["error"])
-            split, number = record["split"], record["shard"]
-            problems[split] += [Problem(*json.loads(problem)) for problem in record["problems"]]
-            file = shard_name(split, number)
+            part, number = plan.parts[record["part"]], record["number"]
+            split = found[part.split]
             if number < 0:
-                continue
-            if file in plan.finished:
-                shards[split][number] = finished[file]
-            else:
-                shards[split][number] = Shard(file, record["rows"], record["bytes"], record["sha256"])
-                written += record["rows"]
-            report(sum(shard.rows for found in shards.values() for shard in found.values()))
-    _finish(plan, {split: [found[number] for number in range(len(found))] for split, found in shards.items()}, problems, manifest)
-    return written
+                split.parts[record["part"]] = record["end"]
+                if record["problem"]:
+                    split.broken.append(Problem(*json.loads(record["problem"])))
+            elif number not in split.arrived:  # Ray may run a task again
+                split.arrived.add(number)
+                shard = Shard(**json.loads(record["page"]))
+                split.tally.add(number, shard, json.loads(record["sums"]), np.frombuffer(record["labels"], np.int32))
+                ledgers[part.split].add(number, record["uids"])
+                written += shard.rows if record["fresh"] else 0
+                rows += shard.rows
+                if record["problem"]:
+                    split.first_problem[number] = Problem(*json.loads(record["problem"]))
+                report(rows)
+            if stop:
+                _stop_at_the_first(split)
+        for name, split in found.items():
+            _check_all_arrived(plan, name, split)
+            _drop_repeated(plan, name, split, ledgers[name].repeated(), stop)
+    return found, written
 
 
-def _finish(plan: Plan, shards: dict[str, list[Shard]], problems: dict[str, list[Problem]], manifest: Manifest) -> None:
+def _stop_at_the_first(split: Found) -> None:
+    """Raises the first problem of a split once no block before it is missing."""
+    if split.first_problem:
+        first = min(split.first_problem)
+        if all(number in split.arrived for number in range(first)):
+            raise split.first_problem[first].error()
+    elif split.broken and split.arrived.issuperset(range(sum(split.parts.values()))):
+        raise split.broken[0].error()
+
+
+def _check_all_arrived(plan: Plan, name: str, split: Found) -> None:
+    """Holds what arrived against what the readers sent: a lost block would be rows lost in silence."""
+    numbers: set[int] = set()
+    for at, part in enumerate(plan.parts):
+        if part.split == name:
+            numbers |= set(range(part.first_block, part.first_block + split.parts.get(at, 0)))
+    told = all(at in split.parts for at, part in enumerate(plan.parts) if part.split == name)
+    if not told or numbers != split.arrived:
+        raise DataError(f"{name}: of {len(numbers)} blocks of rows {len(numbers - split.arrived)} never came; run haste prepare again")
+
+
+def _drop_repeated(plan: Plan, name: str, split: Found, repeated: dict[int, np.ndarray], stop: bool) -> None:
+    """Writes shards again without the rows whose uid stands in an earlier shard."""
+    for number, rows in repeated.items():
+        page = read_page(plan.folder, name, number, plan.fingerprint)
+        if page is None:
+            raise DataError(f"{plan.folder / split.tally.shards[number].file}: changed while prepare ran; run haste prepare again")
+        batch = read_shard(plan.folder, page.shard)
+        kept, problems = page.without(batch, rows)
+        if stop:
+            raise next(problem for problem in problems if problem not in page.problems).error()
+        labels = batch["labels"].take(rows).flatten().to_numpy()
+        page.problems = problems
+        page = write_shard(plan.folder, page, kept)
+        split.tally.replace(number, page.shard, shard_sums(kept), labels)
+        split.first_problem[number] = problems[0]
+
+
+def _problems(plan: Plan, found: dict[str, Found]) -> Iterator[Problem]:
+    """Every bad row, in order, from the pages beside the shards."""
+    for name, split in found.items():
+        for number in sorted(split.first_problem):
+            page = read_page(plan.folder, name, number, plan.fingerprint)
+            if page is None:
+                raise DataError(f"{plan.folder / split.tally.shards[number].file}: changed while prepare ran; run haste prepare again")
+            yield from page.problems
+        yield from split.broken
+
+
+def _finish(source: Source, plan: Plan, found: dict[str, Found], stop: bool, limit: int, work: Path, manifest: Manifest) -> None:
     """Sums, label texts, filters, quarantine; then the manifest, last."""
-    folder, source = plan.folder, plan.source
-    highest = -1
-    for split, found in shards.items():
-        manifest.splits[split] = Split(rows=sum(shard.rows for shard in found), shards=found)
-        if not found:
-            bad = f" that can be used ({len(problems[split])} bad ones)" if problems[split] else ""
-            raise DataError(f"{source.splits[split][0]}: no texts{bad}; put the {split} texts there")
-        highest = max(highest, tables.fill_sums(folder, manifest, split))
+    for name, split in found.items():
+        manifest.splits[name] = split.tally.split()
+        if not manifest.splits[name].rows:
+            count = sum(1 for _ in _problems(plan, {name: split}))
+            bad = f" that can be used ({count} bad ones)" if count else ""
+            raise DataError(f"{source.splits[name][0]}: no texts{bad}; put the {name} texts there")
     if manifest.splits["train"].positives == 0:
         raise DataError(f"{source.splits['train'][-1]}: no training labels: all {manifest.splits['train'].rows} texts have none; add them")
+    highest = max(split.tally.highest() for split in found.values())
     manifest.labels = highest + 1 if plan.labels is None else plan.labels
 
-    frequency, in_test = (tables.label_frequency(folder, manifest, split) for split in SPLITS)
+    frequency = found["train"].tally.counts(manifest.labels)
+    in_test = found["test"].tally.counts(manifest.labels) if "test" in found else np.zeros_like(frequency)
     manifest.unseen_test_labels = int(np.count_nonzero((in_test > 0) & (frequency == 0)))
     manifest.unseen_test_positives = int(in_test[frequency == 0].sum())
-    manifest.labels_without_text, found_problems = tables.write_label_texts(folder, source, frequency)
-    for split in source.filters:
-        dropped = np.array(sorted(problem.number for problem in problems[split] if problem.number >= 0), np.int64)
-        limited = split == "train" and plan.limit > 0
-        found_problems += tables.write_filter(folder, source, split, manifest, dropped, limited)
-        manifest.filters.append(split)
-    if plan.stop and found_problems:
-        raise found_problems[0].error()
-    manifest.quarantined = tables.write_quarantine(folder, [*found_problems, *(p for found in problems.values() for p in found)])
-    write_manifest(folder, manifest)
+    manifest.labels_without_text, problems = tables.write_label_texts(work, source, frequency)
+    for name in source.filters:
+        dropped = np.array(sorted(p.number for p in _problems(plan, {name: found[name]}) if p.number >= 0), np.int64)
+        problems += tables.write_filter(work, source, name, manifest, dropped, limited=name == "train" and limit > 0)
+        manifest.filters.append(name)
+    if stop and problems:
+        raise problems[0].error()
+    manifest.quarantined = tables.write_quarantine(work, (p for some in (sorted(problems), _problems(plan, found)) for p in some))
+    write_manifest(work, manifest)
+    publish(work, plan.folder, (*TABLES, MANIFEST))
 
 
 def _order_labels(config: Config, folder: Path, manifest: Manifest) -> None:
@@ -192,7 +286,7 @@ def _order_labels(config: Config, folder: Path, manifest: Manifest) -> None:
     )
 
 
-def _print_summary(manifest: Manifest, folder: Path, written: int, seconds: float) -> None:
+def _print_summary(manifest: Manifest, folder: Location, written: int, seconds: float) -> None:
     console = Console()
     table = Table(title=f"{folder}: {manifest.labels:,} labels", title_justify="left")
     for name in ("split", "rows", "labels/text", "tokens/text", "without labels", "shards"):
@@ -203,11 +297,16 @@ def _print_summary(manifest: Manifest, folder: Path, written: int, seconds: floa
     console.print(table)
     rate = f"{written:,} rows written in {seconds:.1f} s ({written / seconds:,.0f} rows/s)" if written else "up to date, nothing written"
     console.print(rate, highlight=False, soft_wrap=True)
-    notes = [(manifest.unseen_test_labels, f"test labels ({manifest.unseen_test_positives:,} positives) never seen in training, kept")]
-    notes += [(count, f"bad lines left out: {reason} (see {tables.QUARANTINE})") for reason, count in manifest.quarantined.items()]
-    for count, note in notes:
-        if count:
-            console.print(f"{count:,} {note}", highlight=False, soft_wrap=True)
+    if manifest.unseen_test_labels:
+        seen = f"{manifest.unseen_test_labels:,} test labels ({manifest.unseen_test_positives:,} positives) never seen in training, kept"
+        console.print(seen, highlight=False, soft_wrap=True)
+    if manifest.quarantined:
+        table = Table(title=f"bad lines, left out and listed in {folder / tables.QUARANTINE}", title_justify="left")
+        table.add_column("reason")
+        table.add_column("lines", justify="right")
+        for reason, count in manifest.quarantined.items():
+            table.add_row(reason, f"{count:,}")
+        console.print(table)
 
 
 @contextmanager

@@ -1,116 +1,50 @@
-"""From checked rows to Arrow shards: the work that Ray tasks do, as plain functions that know nothing of Ray.
+"""From a block to an Arrow shard: the work that Ray tasks do, as plain functions that know nothing of Ray.
 
-``read_chunks`` cuts a split into chunks of exactly rows_per_shard rows, without repeated uids; ``write_shard`` tokenises one chunk
-and writes it. Shard k holds the same rows, and the same bytes, however many workers there are.
-
-A finished shard has a record beside it (train/00000.json: rows, bytes, sha256, fingerprint). The record is written just before
-the shard appears under its name, so after a kill every shard that is there can be told from a stale or damaged one.
+Shard k holds the good rows of block k, tokenised: the same bytes however many workers there are. A finished shard has a page beside it
+(train/00000.json: rows, bytes, sha256, fingerprint, the bad lines). The page is written just before the shard appears under its name, so
+after a kill every shard that is there can be told from a stale or damaged one, and its bad lines are not lost.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from itertools import chain
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-from tokenizers import Tokenizer
+import pyarrow.compute as pc
 
-from haste_dist.errors import DataError
-from haste_dist.manifest import SHARD_SCHEMA, Shard, atomic_file, file_sha256, replacing
-from haste_dist.sources import Problem, Row, Source, read_rows
+from haste_dist.blocks import Block, Part
+from haste_dist.manifest import SHARD_SCHEMA, Shard, file_sha256
+from haste_dist.rows import Problem, Row, parse_block
+from haste_dist.storage import Location
+from haste_dist.tokens import tokenise
 
-TEXTS_AT_ONCE = 1024  # the tokenizer keeps strings and masks for every token of a call
-
-
-class SeenUids:
-    """Tells repeated uids by 64-bit hashes, 8 bytes a uid: n uids are wrongly called repeated with odds of n^2 / 2^65.
-
-    Hashes are kept in sorted runs, each at least twice as long as the next, so that n uids cost n log n and no Python loop.
-    """
-
-    def __init__(self) -> None:
-        self.runs: list[np.ndarray] = []
-
-    def add(self, uids: Sequence[str]) -> np.ndarray:
-        """bool (n,): whether each uid was there before, in an earlier call or earlier in this one."""
-        hashes = np.frombuffer(b"".join(hashlib.blake2b(uid.encode(), digest_size=8).digest() for uid in uids), np.uint64)
-        repeated = np.ones(len(uids), bool)
-        fresh, first = np.unique(hashes, return_index=True)
-        repeated[first] = False
-        known = np.zeros(len(fresh), bool)
-        for run in self.runs:
-            known |= run[np.minimum(np.searchsorted(run, fresh), len(run) - 1)] == fresh
-        repeated[first[known]] = True
-        if not known.all():
-            self.runs.append(fresh[~known])
-        while len(self.runs) > 1 and len(self.runs[-2]) < 2 * len(self.runs[-1]):
-            self.runs.append(np.sort(np.concatenate([self.runs.pop(), self.runs.pop()]), kind="stable"))
-        return repeated
+UID_BYTES = 16  # of a uid's hash: n uids are wrongly called repeated with odds of n^2 / 2^129
 
 
-def read_chunks(
-    source: Source, split: str, labels: int | None, rows_per_shard: int, limit: int, stop: bool
-) -> Iterator[tuple[list[Row], list[Problem]]]:
-    """Chunks of exactly ``rows_per_shard`` rows (the last has what is left) with the problems met on the way, in file order.
+@dataclass
+class ShardPage:
+    """What is known of one shard: where its block begins, and its bad rows. A block without a good row has a page and no shard."""
 
-    ``limit`` ends the split after so many rows (0: never). With ``stop`` the first problem is raised as a DataError.
-    """
-    seen = SeenUids()
-    rows: list[Row] = []
-    unchecked: list[Row] = []  # not yet held against the uids seen
-    problems: list[Problem] = []
-    left = limit or 2**62
-    for item in chain(read_rows(source, split, labels), [None]):
-        if isinstance(item, Row):
-            unchecked.append(item)
-        elif item is not None:
-            problems.append(item)
-        wanted = min(rows_per_shard, left)
-        if item is None or len(rows) + len(unchecked) == wanted or (stop and problems):
-            for row, repeated in zip(unchecked, seen.add([row.uid for row in unchecked]), strict=True):
-                if repeated:
-                    detail = f"uid '{row.uid[:80]}' stands on an earlier line already"
-                    problems.append(Problem(row.file, row.line, "duplicate uid", detail, row.number))
-                else:
-                    rows.append(row)
-            unchecked = []
-            if stop and problems:
-                raise min(problems, key=lambda problem: (problem.number < 0, problem.number)).error()
-        if len(rows) == wanted or (item is None and (rows or problems)):
-            yield rows, problems
-            left -= len(rows)
-            rows, problems = [], []
-            if left == 0:
-                return
+    shard: Shard
+    fingerprint: str
+    file: str
+    first_row: int
+    first_line: int
+    problems: list[Problem] = field(default_factory=list)
 
-
-def tokenizer_rules(backend: Tokenizer, max_length: int, side: str) -> str:
-    """A tokenizer as one string that workers can load without transformers: it cuts to ``max_length`` and does not pad."""
-    rules = Tokenizer.from_str(backend.to_str())
-    rules.no_padding()
-    rules.enable_truncation(max_length, direction=side)
-    return rules.to_str()
-
-
-@functools.lru_cache(maxsize=1)
-def _load_tokenizer(rules: str) -> Tokenizer:
-    return Tokenizer.from_str(rules)
-
-
-def tokenise(texts: Sequence[str], rules: str) -> pa.ListArray:
-    """list<int32> (n,): the token ids of each text, special tokens included, at most max_length of them."""
-    tokenizer = _load_tokenizer(rules)
-    pieces, lengths = [], []
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts[start : start + TEXTS_AT_ONCE])]
-        pieces.append(np.fromiter(chain.from_iterable(ids), np.int32))
-        lengths += [len(row) for row in ids]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate(pieces))
+    def without(self, batch: pa.RecordBatch, repeated: np.ndarray) -> tuple[pa.RecordBatch, list[Problem]]:
+        """``batch``, the shard's rows, less the ``repeated`` ones, and all problems of the block."""
+        bad = {problem.number for problem in self.problems}
+        numbers = [n for n in range(self.first_row, self.first_row + batch.num_rows + len(bad)) if n not in bad]
+        line = self.first_line - self.first_row
+        uids = batch["uid"]
+        found = [repeated_uid(self.file, numbers[row] + line, uids[row].as_py(), numbers[row]) for row in repeated.tolist()]
+        keep = np.ones(batch.num_rows, bool)
+        keep[repeated] = False
+        return batch.filter(pa.array(keep)), in_order([*self.problems, *found])
 
 
 def shard_name(split: str, number: int) -> str:
@@ -118,42 +52,120 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}/{number:05d}.arrow"
 
 
-def record_path(folder: Path, file: str) -> Path:
-    return (folder / file).with_suffix(".json")
+def page_name(split: str, number: int) -> str:
+    return f"{split}/{number:05d}.json"
 
 
-def write_shard(folder: Path, file: str, uids: list[str], texts: list[str], labels: list[list[int]], rules: str, fingerprint: str) -> Shard:
-    """Tokenises a chunk and writes it, first its record, then the shard itself, each in one step. Raises DataError."""
-    columns = [pa.array(uids, pa.string()), tokenise(texts, rules), pa.array(labels, SHARD_SCHEMA.field("labels").type)]
+def read_page(folder: Location, split: str, number: int, fingerprint: str) -> ShardPage | None:
+    """The page of a shard that is whole and was made with the same ``fingerprint``, else None."""
+    place = folder / page_name(split, number)
+    if not place.is_file():
+        return None
+    try:
+        page = json.loads(place.read())
+        shard = Shard(**page["shard"])
+        if page["fingerprint"] != fingerprint or (shard.rows and not is_intact(folder, shard)):
+            return None
+        return ShardPage(**{**page, "shard": shard, "problems": [Problem(*problem) for problem in page["problems"]]})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None  # a page that cannot be read vouches for nothing: its shard is written again
+
+
+def is_intact(folder: Location, shard: Shard) -> bool:
+    """Whether the shard's file has the size of its page and, where that is no download, the checksum."""
+    place = folder / shard.file
+    if place.size() != shard.bytes:
+        return False
+    return not place.is_local or file_sha256(place.local) == shard.sha256
+
+
+def make_shard(
+    folder: Location, part: Part, block: Block, labels: int | None, rules: str, fingerprint: str
+) -> tuple[ShardPage, pa.RecordBatch]:
+    """Parses, checks and tokenises a block, and writes page and shard. Returns the page and the shard's rows."""
+    rows, problems = good_rows(part, block, labels)
+    tokens = tokenise([row.text for row in rows], rules)
+    empty = np.diff(tokens.offsets.to_numpy()) == 0
+    if empty.any():
+        line = block.first_line - block.first_row
+        detail = "the tokenizer makes no token of the text"
+        problems += [
+            Problem(part.files[0].name, rows[i].number + line, "empty text", detail, rows[i].number) for i in np.flatnonzero(empty)
+        ]
+        rows, tokens = [row for row, bad in zip(rows, empty, strict=True) if not bad], tokens.filter(pa.array(~empty))
+    columns = [
+        pa.array([row.uid for row in rows], pa.string()),
+        tokens,
+        pa.array([row.labels for row in rows], SHARD_SCHEMA.field("labels").type),
+    ]
     batch = pa.record_batch(columns, schema=SHARD_SCHEMA)
-    empty = np.flatnonzero(np.diff(batch["input_ids"].offsets.to_numpy()) == 0)
-    if len(empty):
-        raise DataError(f"{file}: the tokenizer makes no token of the text with uid '{uids[empty[0]][:80]}'; remove or mend that text")
-    path = folder / file
-    with replacing(path) as out:
-        with pa.ipc.new_file(out, SHARD_SCHEMA) as writer:
+    shard = Shard(shard_name(part.split, block.number), 0, 0, "")
+    page = ShardPage(shard, fingerprint, part.files[0].name, block.first_row, block.first_line, in_order(problems))
+    return write_shard(folder, page, batch), batch
+
+
+def good_rows(part: Part, block: Block, labels: int | None) -> tuple[list[Row], list[Problem]]:
+    """The rows of a block without the bad ones and those that repeat a uid of the block."""
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    seen: set[str] = set()
+    for item in parse_block(part, block, labels):
+        if isinstance(item, Problem):
+            problems.append(item)
+        elif item.uid in seen:
+            line = item.number - block.first_row + block.first_line
+            problems.append(repeated_uid(part.files[0].name, line, item.uid, item.number))
+        else:
+            seen.add(item.uid)
+            rows.append(item)
+    return rows, problems
+
+
+def repeated_uid(file: str, line: int, uid: str, number: int) -> Problem:
+    return Problem(file, line, "duplicate uid", f"uid '{uid[:80]}' stands on an earlier line already", number)
+
+
+def in_order(problems: list[Problem]) -> list[Problem]:
+    """By row; what cost no single row comes last."""
+    return sorted(problems, key=lambda problem: (problem.number < 0, problem.number))
+
+
+def write_shard(folder: Location, page: ShardPage, batch: pa.RecordBatch) -> ShardPage:
+    """Writes first the page, then the shard, each in one step; returns the page with the shard's size and checksum."""
+    place = folder / page.shard.file
+    data = b""
+    if batch.num_rows:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, SHARD_SCHEMA) as writer:
             writer.write_batch(batch)
-        out.flush()
-        shard = Shard(file, len(uids), out.tell(), file_sha256(Path(out.name)))
-        with atomic_file(record_path(folder, file)) as record:
-            record.write((json.dumps({**dataclasses.asdict(shard), "fingerprint": fingerprint}) + "\n").encode())
-    return shard
+        data = sink.getvalue()
+    page = dataclasses.replace(page, shard=Shard(page.shard.file, batch.num_rows, len(data), hashlib.sha256(data).hexdigest()))
+    Location(f"{str(place).removesuffix('.arrow')}.json").write((json.dumps(dataclasses.asdict(page)) + "\n").encode())
+    if batch.num_rows:
+        place.write(data)
+    else:
+        place.delete()
+    return page
 
 
-def finished_shards(folder: Path, splits: Sequence[str], fingerprint: str) -> dict[str, Shard]:
-    """The shards, by file name, that an earlier run with the same ``fingerprint`` finished, each held against its checksum."""
-    found = {}
-    for record in (path for split in splits for path in sorted((folder / split).glob("*.json"))):
-        try:
-            page = json.loads(record.read_text(encoding="utf-8"))
-            if page.pop("fingerprint") == fingerprint and is_intact(folder, shard := Shard(**page)):
-                found[shard.file] = shard
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            continue  # a record that cannot be read vouches for nothing: its shard is written again
-    return found
+def read_shard(folder: Location, shard: Shard) -> pa.RecordBatch:
+    """A shard's rows. Raises DataError."""
+    with (folder / shard.file).open() as file:
+        return pa.ipc.open_file(file).get_batch(0)
 
 
-def is_intact(folder: Path, shard: Shard) -> bool:
-    """Whether the shard's file has the size and the checksum of its record."""
-    path = folder / shard.file
-    return path.is_file() and path.stat().st_size == shard.bytes and file_sha256(path) == shard.sha256
+def shard_sums(batch: pa.RecordBatch) -> dict[str, int]:
+    """What a split's sums need of one shard."""
+    labels = pc.list_value_length(batch["labels"]).to_numpy()
+    return {
+        "rows": batch.num_rows,
+        "positives": int(labels.sum()),
+        "max_labels": int(labels.max(initial=0)),
+        "unlabelled": int((labels == 0).sum()),
+        "tokens": len(batch["input_ids"].flatten()),
+    }
+
+
+def uid_hashes(uids: Sequence[str]) -> bytes:
+    """UID_BYTES a uid."""
+    return b"".join(hashlib.blake2b(uid.encode(), digest_size=UID_BYTES).digest() for uid in uids)

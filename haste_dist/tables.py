@@ -4,15 +4,15 @@ Each is streamed: memory grows with the number of labels and of bad lines, not w
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from haste_dist.manifest import FILTER_SCHEMA, LABEL_SCHEMA, LABEL_TEXTS, Manifest, open_split, replacing, write_arrow
-from haste_dist.sources import Problem, Source, read_filter, read_labels
+from haste_dist.manifest import FILTER_SCHEMA, LABEL_SCHEMA, LABEL_TEXTS, Manifest, Shard, Split, replacing, write_arrow
+from haste_dist.rows import Problem
+from haste_dist.sources import Source, read_filter, read_labels
 
 LABELS_AT_ONCE = 65536  # rows of a record batch of label_texts.arrow
 QUARANTINE = "quarantine.jsonl"
@@ -22,27 +22,47 @@ def filter_file(split: str) -> str:
     return f"filter_{split}.arrow"
 
 
-def fill_sums(folder: Path, manifest: Manifest, split: str) -> int:
-    """Counts positives, tokens and so on of a split into ``manifest``; returns the highest label id, or -1."""
-    table, sums = open_split(folder, manifest, split), manifest.splits[split]
-    highest = -1
-    for labels, tokens in zip(table["labels"].chunks, table["input_ids"].chunks, strict=True):
-        lengths, ids = pc.list_value_length(labels).to_numpy(), labels.flatten().to_numpy()
-        sums.positives += len(ids)
-        sums.max_labels = max(sums.max_labels, int(lengths.max(initial=0)))
-        sums.unlabelled += int((lengths == 0).sum())
-        sums.tokens += len(tokens.flatten())
-        highest = max(highest, int(ids.max(initial=-1)))
-    return highest
+class Tally:
+    """What a split's shards hold, gathered shard by shard in any order: sums, and how many texts have each label."""
 
+    def __init__(self, labels: int | None):
+        self.frequency = np.zeros(labels or 0, np.int64)
+        self.shards: dict[int, Shard] = {}
+        self._sums: dict[int, dict[str, int]] = {}
 
-def label_frequency(folder: Path, manifest: Manifest, split: str) -> np.ndarray:
-    """int64 (L,): how many texts of the split have each label."""
-    frequency = np.zeros(manifest.labels, np.int64)
-    if split in manifest.splits:
-        for chunk in open_split(folder, manifest, split)["labels"].chunks:
-            np.add.at(frequency, chunk.flatten().to_numpy(), 1)  # no array of L a shard, as bincount would make
-    return frequency
+    def add(self, number: int, shard: Shard, sums: dict[str, int], labels: np.ndarray) -> None:
+        """``sums`` as Split has them; ``labels``: the ids of all rows, one after another."""
+        self.replace(number, shard, sums)
+        ids, counts = np.unique(labels, return_counts=True)
+        if len(ids) and ids[-1] >= len(self.frequency):  # no file told how many there are
+            grown = np.zeros(max(int(ids[-1]) + 1, 2 * len(self.frequency)), np.int64)
+            grown[: len(self.frequency)] = self.frequency
+            self.frequency = grown
+        self.frequency[ids] += counts
+
+    def replace(self, number: int, shard: Shard, sums: dict[str, int], dropped: np.ndarray | None = None) -> None:
+        """The shard was written again without rows that had the labels ``dropped``."""
+        self.shards[number], self._sums[number] = shard, sums
+        if dropped is not None:
+            np.subtract.at(self.frequency, dropped, 1)
+
+    def split(self) -> Split:
+        made = Split(shards=[self.shards[number] for number in sorted(self.shards) if self.shards[number].rows])
+        for sums in self._sums.values():
+            for name, value in sums.items():
+                before = getattr(made, name)
+                setattr(made, name, max(before, value) if name == "max_labels" else before + value)
+        return made
+
+    def highest(self) -> int:
+        """The highest label id that a text has, or -1."""
+        return int(np.flatnonzero(self.frequency)[-1]) if self.frequency.any() else -1
+
+    def counts(self, labels: int) -> np.ndarray:
+        """int64 (labels,): how many texts have each label."""
+        counts = np.zeros(labels, np.int64)
+        counts[: len(self.frequency)] = self.frequency[:labels]
+        return counts
 
 
 def write_label_texts(folder: Path, source: Source, frequency: np.ndarray) -> tuple[int, list[Problem]]:
@@ -92,15 +112,14 @@ def write_filter(folder: Path, source: Source, split: str, manifest: Manifest, d
     return problems
 
 
-def write_quarantine(folder: Path, problems: list[Problem]) -> dict[str, int]:
+def write_quarantine(folder: Path, problems: Iterable[Problem]) -> dict[str, int]:
     """Writes quarantine.jsonl, a line a problem (file, line, reason, detail), and returns the count of each reason."""
     counts: dict[str, int] = {}
-    if not problems:
-        (folder / QUARANTINE).unlink(missing_ok=True)
-        return counts
     with replacing(folder / QUARANTINE) as file:
-        for problem in sorted(problems):
+        for problem in problems:
             page = {"file": problem.file, "line": problem.line, "reason": problem.reason, "detail": problem.detail}
             file.write((json.dumps(page, ensure_ascii=False) + "\n").encode())
             counts[problem.reason] = counts.get(problem.reason, 0) + 1
+    if not counts:
+        (folder / QUARANTINE).unlink()
     return dict(sorted(counts.items()))

@@ -25,7 +25,7 @@ from haste_dist.errors import CheckpointError
 from haste_dist.evaluate import evaluate_texts
 from haste_dist.guards import Guard, LossSpikes, dead_groups
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE
-from haste_dist.loader import BatchMaker, TrainingBatches, open_texts
+from haste_dist.loader import BatchMaker, open_texts, training_batches
 from haste_dist.model import Prepared, check_features, make_classifier, make_encoder, open_prepared, prior_bias, save_encoder_folder
 from haste_dist.rewire import keeps_batch, rewire
 from haste_dist.runlog import RunLog
@@ -118,7 +118,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
     pin = world.device.type == "cuda"
     maker = BatchMaker(texts, prepared.order.row_of_label, most_labels, prepared.manifest.tokenizer.pad_id, world.size, world.rank, pin)
     going = pace(config.train)
-    batches = TrainingBatches(maker, going.texts, config.data.length_buckets, config.run.seed)
+    batches = training_batches(config, maker, going.texts, prepared.folder)
     plan = plan_steps(config, batches.steps_per_epoch)
 
     encoder = make_encoder(config, prepared.manifest)

@@ -52,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=_sentence(summary))
         command.add_argument("config", metavar="CONFIG", help=CONFIG)
         command.add_argument("overrides", metavar="a.b=c", nargs="*", help=OVERRIDES)
+        if name == "prepare":
+            command.add_argument("--on-error", choices=("stop", "quarantine"), help="short for data.on_error=...")
 
     evaluate = commands.add_parser("evaluate", help="score a trained run", description="Score a trained run and print its metrics.")
     _add_run(evaluate)

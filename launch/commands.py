@@ -24,7 +24,7 @@ def config(args: Namespace) -> int:
 
 
 def prepare(args: Namespace) -> int:
-    settings = load_config(args.config, args.overrides)
+    settings = load_config(args.config, [*args.overrides, *([f"data.on_error={args.on_error}"] if args.on_error else [])])
     from haste_dist.sources import find_source
 
     find_source(settings.data)  # a wrong folder fails here, before Ray starts

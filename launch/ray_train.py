@@ -17,6 +17,7 @@ from typing import Any
 
 from haste_dist.config import Config, check
 from haste_dist.errors import ConfigError, HasteError, Interrupted
+from haste_dist.storage import whole_address
 from haste_launch.progress import Progress
 from haste_launch.ray_session import ray_session
 
@@ -195,7 +196,7 @@ def absolute_paths(config: Config) -> Config:
     config = dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, folder=os.path.abspath(config.run.folder)),
-        data=dataclasses.replace(config.data, prepared=os.path.abspath(config.data.prepared) if config.data.prepared else ""),
+        data=dataclasses.replace(config.data, prepared=str(whole_address(config.data.prepared)) if config.data.prepared else ""),
     )
     encoder = {
         name: os.path.abspath(getattr(config.encoder, name))

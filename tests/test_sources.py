@@ -2,22 +2,22 @@
 
 import dataclasses
 import gzip
-import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from raw_sources import json_lines, label_lines, make_texts, write_lines, write_source, write_table
 
 from haste_dist import row_checks
+from haste_dist.blocks import Truncated, make_parts, read_blocks
 from haste_dist.config import DataConfig
 from haste_dist.errors import ConfigError, DataError
-from haste_dist.shards import SeenUids, read_chunks
-from haste_dist.sources import Problem, Row, Source, count_labels, find_source, read_filter, read_labels, read_rows
+from haste_dist.rows import Problem, Row
+from haste_dist.shards import good_rows
+from haste_dist.sources import Source, count_labels, find_source, read_filter, read_labels
+from haste_dist.storage import Location
 
 LAYOUTS = ("jsonl", "jsonl.gz", "text", "text.gz", "parquet", "arrow")
 TRAIN, TEST = make_texts(30, 12), make_texts(8, 12, "s")
@@ -27,11 +27,25 @@ def found(folder: Path, **settings: object) -> Source:
     return find_source(DataConfig(source=str(folder), **settings))  # type: ignore[arg-type]
 
 
-def chunks(folder: Path, rows_per_shard: int = 1000, limit: int = 0, stop: bool = True) -> tuple[list[list[Row]], list[Problem]]:
-    """The training split as chunks of rows, and all problems in the order in which they were met."""
-    source = found(folder)
-    pairs = list(read_chunks(source, "train", count_labels(source, stop), rows_per_shard, limit, stop))
-    return [rows for rows, _ in pairs if rows], [problem for _, problems in pairs for problem in problems]
+def read_split(source: Source, split: str, rows: int = 1000, limit: int = 0, stop: bool = True) -> tuple[list[list[Row]], list[Problem]]:
+    """A split as blocks of rows, and all problems in the order in which they were met."""
+    labels = count_labels(source, stop)
+    blocks, problems = [], []
+    for part in make_parts(split, source.format, source.splits[split], rows, limit):
+        try:
+            for block in read_blocks(part, rows):
+                good, bad = good_rows(part, block, labels)
+                blocks.append(good)
+                problems += bad
+        except Truncated as error:
+            problems.append(Problem(error.args[2], error.args[0] + 1, "truncated file", error.args[1]))
+    if stop and problems:
+        raise problems[0].error()
+    return blocks, problems
+
+
+def chunks(folder: Path, rows: int = 1000, limit: int = 0, stop: bool = True) -> tuple[list[list[Row]], list[Problem]]:
+    return read_split(found(folder), "train", rows, limit, stop)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -41,10 +55,9 @@ def test_every_layout_gives_the_same_rows(tmp_path: Path, layout: str) -> None:
     assert count_labels(source, stop=True) == 12
     assert [item[1] for item in read_labels(source) if not isinstance(item, Problem)] == [f"label {i}" for i in range(12)]
     for split, texts in (("train", TRAIN), ("test", TEST)):
-        rows = [row for row in read_rows(source, split, 12) if isinstance(row, Row)]
+        rows = [row for block in read_split(source, split)[0] for row in block]
         assert [(row.text, row.labels) for row in rows] == [(text, labels) for _, text, labels in texts]
         assert [row.number for row in rows] == list(range(len(texts)))
-        assert [row.line for row in rows] == list(range(1, len(texts) + 1))
         assert [row.uid for row in rows] == (
             [str(i) for i in range(len(texts))] if source.format == "text" else [uid for uid, _, _ in texts]
         )
@@ -54,7 +67,7 @@ def test_title_and_content_are_joined_and_labels_sorted(tmp_path: Path) -> None:
     line = {"uid": 7, "title": "a river", "content": "at night", "target_ind": [5, 2, 5], "target_rel": [1.0, 1.0, 1.0]}
     write_source(tmp_path, "jsonl", TRAIN, TEST, 12)
     write_lines(tmp_path / "trn.json", [b"\xef\xbb\xbf" + json.dumps(line).encode() + b"\r"])
-    assert chunks(tmp_path)[0] == [[Row(0, "trn.json", 1, "7", "a river at night", [2, 5])]]
+    assert chunks(tmp_path)[0] == [[Row(0, "7", "a river at night", [2, 5])]]
 
 
 def test_several_parquet_files_are_one_split(tmp_path: Path) -> None:
@@ -62,10 +75,15 @@ def test_several_parquet_files_are_one_split(tmp_path: Path) -> None:
     (tmp_path / "train.parquet").unlink()
     for number, part in enumerate((TRAIN[:11], TRAIN[11:])):
         write_table(tmp_path / f"train-{number:05d}.parquet", {"text": [t[1] for t in part], "labels": [t[2] for t in part]})
-    rows = chunks(tmp_path)[0][0]
+    blocks = chunks(tmp_path, rows=7)[0]
+    assert [len(block) for block in blocks] == [7, 4, 7, 7, 5]  # a block is of one file
+    rows = [row for block in blocks for row in block]
     assert [row.text for row in rows] == [text for _, text, _ in TRAIN]
     assert [row.uid for row in rows] == [str(i) for i in range(30)]
-    assert (rows[11].file, rows[11].line) == ("train-00001.parquet", 1)
+    assert [row.number for row in rows] == list(range(30))
+    numbers = [b.number for part in make_parts("train", "parquet", found(tmp_path).splits["train"], 7, 0) for b in read_blocks(part, 7)]
+    assert numbers == [0, 1, 2, 3, 4]
+    assert sum(len(block) for block in chunks(tmp_path, rows=7, limit=13)[0]) == 13
 
 
 def bad_json(**changes: object) -> bytes:
@@ -184,7 +202,7 @@ def test_a_gzip_file_that_breaks_off(tmp_path: Path, layout: str) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(DataError, match=rf"^{name}:\d+: the gzip file breaks off or is damaged after line \d+"):
         chunks(tmp_path)
-    rows, problems = chunks(tmp_path, rows_per_shard=10**6, stop=False)
+    rows, problems = chunks(tmp_path, rows=10**6, stop=False)
     assert 1000 < len(rows[0]) < 20_000
     assert [row.text for row in rows[0]] == [text for _, text, _ in many[: len(rows[0])]]
     assert [(p.reason, p.line, p.number) for p in problems] == [("truncated file", len(rows[0]) + 1, -1)]
@@ -242,48 +260,11 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
 
 def test_filter_lines(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "filter_labels_test.txt.gz", [b"0 1", b"7 11", b"8 1", b"1 12", b"1", b"a 1"])
-    items = list(read_filter(path, 8, 12))
+    items = list(read_filter(Location(str(path)), 8, 12))
     assert [item for item in items if not isinstance(item, Problem)] == [(0, 1), (7, 11)]
     assert [item.line for item in items if isinstance(item, Problem)] == [3, 4, 5, 6]
     path.write_bytes(gzip.compress(b"0 1\n" * 9000)[:-12])
-    assert isinstance(list(read_filter(path, 8, 12))[-1], Problem)
-
-
-@given(st.lists(st.lists(st.integers(0, 40), max_size=12), max_size=12))
-def test_seen_uids_equals_a_set(calls: list[list[int]]) -> None:
-    seen, told = set(), SeenUids()
-    for call in calls:
-        expected = []
-        for uid in call:
-            expected.append(uid in seen)
-            seen.add(uid)
-        assert told.add([str(uid) for uid in call]).tolist() == expected
-    lengths = [len(run) for run in told.runs]
-    assert sum(lengths) == len(seen)
-    assert all(a >= 2 * b for a, b in itertools.pairwise(lengths))
-
-
-@given(
-    uids=st.lists(st.integers(0, 30), min_size=1, max_size=60),
-    bad=st.sets(st.integers(0, 59)),
-    rows_per_shard=st.integers(1, 20),
-    limit=st.integers(0, 40),
-)
-def test_chunks_hold_every_good_row_once_in_order(uids: list[int], bad: set[int], rows_per_shard: int, limit: int) -> None:
-    items: list[Row | Problem] = [
-        Problem("f", i + 1, "empty text", "", i) if i in bad else Row(i, "f", i + 1, str(uid), "red", []) for i, uid in enumerate(uids)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("haste_dist.shards.read_rows", lambda source, split, labels: iter(items))
-        pairs = list(read_chunks(Source(Path(), "jsonl", {}, []), "train", None, rows_per_shard, limit, False))
-    first = {uid: i for i, uid in reversed([(i, uid) for i, uid in enumerate(uids) if i not in bad])}
-    good = sorted(first.values())[: limit or None]
-    assert [row.number for rows, _ in pairs for row in rows] == good
-    sizes = [len(rows) for rows, _ in pairs if rows]
-    assert all(size == rows_per_shard for size in sizes[:-1])
-    last = good[-1] if limit and len(good) == limit else len(uids) - 1
-    problems = [problem.number for _, problems in pairs for problem in problems]
-    assert sorted(problems) == [i for i in range(last + 1) if i not in set(good)]
+    assert isinstance(list(read_filter(Location(str(path)), 8, 12))[-1], Problem)
 
 
 def test_source_lists_each_of_its_files_once(tmp_path: Path) -> None:

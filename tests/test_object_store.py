@@ -1,0 +1,126 @@
+"""Source and prepared folder in an object store: a real server that speaks S3, on this machine."""
+
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from in_turn import LABELS, contents, run_in_turn, settings
+from pyarrow import fs
+from raw_sources import json_lines, make_texts, make_wordpiece, write_lines, write_source
+from tiny import free_port, haste
+
+import haste_dist.prepare
+from haste_dist.config import Config
+from haste_dist.errors import DataError
+from haste_dist.manifest import open_split
+from haste_dist.mirror import copy_folder, local_copy
+from haste_dist.model import open_prepared
+from haste_dist.prepare import prepare
+from haste_dist.storage import Location
+
+pytest.importorskip("moto", reason="needs moto's S3 server")
+TRAIN, TEST = make_texts(70, LABELS), make_texts(20, LABELS, "s")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fs.S3FileSystem]:
+    """An S3 server with a bucket named lake; the environment says where it is, as it would of a real one."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    environment = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
+    environment |= {"AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "HASTE_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.delenv("HTTP_PROXY", raising=False)
+        patch.delenv("http_proxy", raising=False)
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(environment["AWS_ENDPOINT_URL"], timeout=5).read()
+                break
+            except OSError:
+                time.sleep(0.1)
+        filesystem = fs.S3FileSystem(endpoint_override=environment["AWS_ENDPOINT_URL"], allow_bucket_creation=True)
+        filesystem.create_dir("lake")
+        yield filesystem
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_wordpiece(tmp_path_factory.mktemp("tokenizer"))
+
+
+def upload(store: fs.S3FileSystem, folder: Path, to: str) -> str:
+    fs.copy_files(str(folder), to, destination_filesystem=store)
+    return f"s3://{to}"
+
+
+@pytest.mark.parametrize("layout", ["jsonl.gz", "text", "parquet", "arrow"])
+def test_a_source_in_a_store_gives_the_same_shards(
+    tmp_path: Path, store: fs.S3FileSystem, wordpiece: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(haste_dist.prepare, "run", run_in_turn)
+    local = write_source(tmp_path / "source", layout, TRAIN, TEST, LABELS)
+    address = upload(store, local, f"lake/raw-{layout}")
+    prepare(settings(local, tmp_path / "local", wordpiece))
+    prepare(settings(address, tmp_path / "remote", wordpiece))
+    ours, theirs = contents(tmp_path / "remote"), contents(tmp_path / "local")
+    assert {name for name in ours if ours[name] != theirs.get(name)} == {
+        "manifest.json",
+        "groups.json",
+    }  # the source is told by its time there
+    assert ours.keys() == theirs.keys()
+
+
+def test_prepared_in_a_store_and_trained_from_a_copy(
+    tmp_path: Path, store: fs.S3FileSystem, wordpiece: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path / "source", "jsonl", TRAIN, TEST, LABELS)
+    lines = json_lines(TRAIN)
+    write_lines(source / "trn.json", [*lines[:50], b"{", lines[3], *lines[50:]])
+    monkeypatch.setattr(haste_dist.prepare, "run", run_in_turn)
+    prepare(settings(source, tmp_path / "local", wordpiece))
+    config = settings(source, "s3://lake/prepared/one", wordpiece)
+    manifest = prepare(config)
+    folder = open_prepared(config).folder
+    assert folder == copy_folder(Location("s3://lake/prepared/one"))
+    assert {n: d for n, d in contents(folder).items() if not n.startswith(".") and n != "quarantine.jsonl"} == {
+        name: data for name, data in contents(tmp_path / "local").items() if name != "quarantine.jsonl"
+    }
+    listed = store.get_file_info(fs.FileSelector("lake/prepared/one", recursive=True))
+    there = {info.path.removeprefix("lake/prepared/one/") for info in listed if info.is_file}
+    assert there == contents(tmp_path / "local").keys()
+
+    shutil.rmtree(folder)  # another machine
+    assert open_split(open_prepared(config).folder, manifest, "train").num_rows == 70
+    with store.open_output_stream("lake/prepared/one/train/00001.arrow") as file:
+        file.write(b"x" * manifest.splits["train"].shards[1].bytes)
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match=r"s3://lake/prepared/one/train/00001.arrow: its checksum is not the manifest's"):
+        local_copy("s3://lake/prepared/one")
+    with pytest.raises(DataError, match=r"s3://lake/nothing/manifest.json: no such file; run haste prepare"):
+        local_copy("s3://lake/nothing")
+    with pytest.raises(DataError, match=r"s3://lake/nowhere: no such folder; set data.source"):
+        prepare(settings("s3://lake/nowhere", tmp_path / "x", wordpiece))
+
+
+@pytest.mark.slow
+def test_the_command_from_store_to_store(tmp_path: Path, store: fs.S3FileSystem, wordpiece: Path) -> None:
+    address = upload(store, write_source(tmp_path / "source", "jsonl.gz", TRAIN, TEST, LABELS), "lake/raw")
+    config: Config = settings(address, "s3://lake/prepared/two", wordpiece)
+    words = [f"data.source={address}", "data.prepared=s3://lake/prepared/two", "data.rows_per_shard=16", "data.max_length=8"]
+    words += [f"encoder.tokenizer={wordpiece}", "groups.method=frequency", "output.group_size=16"]
+    (tmp_path / "empty.yaml").write_text("{}")
+    done = haste("prepare", str(tmp_path / "empty.yaml"), *words, "--on-error", "quarantine")
+    assert done.returncode == 0, done.stderr
+    assert "90 rows written" in done.stdout
+    assert open_split(open_prepared(config).folder, open_prepared(config).manifest, "train").num_rows == 70
