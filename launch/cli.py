@@ -83,6 +83,17 @@ def build_parser() -> argparse.ArgumentParser:
         "Without words: the README's shapes on a GPU, a small shape on a CPU.",
     )
     _add_bench(kernels)
+    grouping = actions.add_parser(
+        "grouping",
+        help="labels into groups",
+        description="Time and memory of putting labels into groups, and how close the groups are, on vectors that are made up or given.",
+    )
+    grouping.add_argument("--labels", type=_positive, metavar="L", default=100_000, help="labels (default 100000)")
+    grouping.add_argument("--width", type=_positive, metavar="D", default=768, help="features of a label's vector (default 768)")
+    grouping.add_argument("--group", type=_positive, metavar="G", default=32, help="labels of a group (default 32)")
+    grouping.add_argument("--search", type=_positive, metavar="N", default=2**20, help="as the setting groups.search (default 2^20)")
+    grouping.add_argument("--vectors", metavar="FILE", default="", help="real vectors: .npy, a row of length 1 a label")
+    grouping.add_argument("--records", metavar="DIR", default="", help="as in haste bench kernels")
     return parser
 
 

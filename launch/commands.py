@@ -101,6 +101,10 @@ def datasets(args: Namespace) -> int:
 
 
 def bench(args: Namespace) -> int:
+    if args.action == "grouping":
+        from haste_launch.bench_grouping import bench_grouping
+
+        return bench_grouping(args)
     from haste_launch.bench_settings import read_words
 
     words = read_words(args)  # wrong words fail here, before torch loads
