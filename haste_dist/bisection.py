@@ -72,15 +72,29 @@ def halve(vectors_nD: Tensor, rows: Tensor, left: int, *, iterations: int, seed:
 
 def cohesion(vectors_nD: Tensor, order_n: Tensor, group_size: int, device: torch.device | None = None) -> float:
     """Mean cosine of a vector (unit length) to the centroid of its group, where runs of G of ``order_n`` are the groups."""
+    here_T, _ = group_cohesion(vectors_nD, order_n, group_size, device or vectors_nD.device)
+    members_T = torch.full((len(here_T),), group_size, dtype=torch.float64)
+    members_T[-1:] -= -len(order_n) % group_size
+    return float((here_T.double() @ members_T) / max(len(order_n), 1))
+
+
+def group_cohesion(vectors_nD: Tensor, order_n: Tensor, group_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two (T,) float64 on the CPU: the mean cosine of a group's vectors to its centroid; the centroid's to the next one (0: last)."""
     width = vectors_nD.shape[1]
-    device = device or vectors_nD.device
-    summed = torch.zeros((), dtype=torch.float64, device=device)
+    here, after, last_1D = [], [], torch.zeros(0, width, dtype=torch.float64, device=device)
     at_a_time = max(1, BLOCK_BYTES // (width * 8 * group_size)) * group_size
     for part in order_n.split(at_a_time):
         x_gGD = torch.nn.functional.pad(_take(vectors_nD, part, device).double(), (0, 0, 0, -len(part) % group_size))
-        # The cosines of a group to its centroid add up to the length of its sum.
-        summed += x_gGD.view(-1, group_size, width).sum(1).norm(dim=1).sum()
-    return float(summed) / max(len(order_n), 1)
+        sum_gD = x_gGD.view(-1, group_size, width).sum(1)
+        here.append(sum_gD.norm(dim=1).cpu())  # the cosines of a group to its centroid add up to the length of its sum
+        centre_gD = torch.cat([last_1D, unit(sum_gD)])
+        after.append((centre_gD[:-1] * centre_gD[1:]).sum(1).cpu())
+        last_1D = centre_gD[-1:]
+    if not here:
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+    members_T = torch.full((-(-len(order_n) // group_size),), group_size, dtype=torch.float64)
+    members_T[-1] -= -len(order_n) % group_size
+    return torch.cat(here) / members_T, torch.cat([*after, torch.zeros(1, dtype=torch.float64)])
 
 
 def take(vectors_nD: Tensor, rows: Tensor, device: torch.device) -> Tensor:

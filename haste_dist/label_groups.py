@@ -9,6 +9,7 @@ A label order of earlier data can be the start: groups whose labels are all stil
 Written into the prepared folder, each file atomically, with bytes that depend on the settings and the data alone:
     labels.arrow   a row per output row: label (-1: padding), text, frequency, row, group (-1: head)
     groups.json    H, T, G, the settings behind the order, its fingerprint, and the cohesion report
+    cohesion.arrow how close each group's labels are, and those of random groups; only where labels were embedded
 
 Letters: L labels, R = H + T*G rows, D embedding width.
 """
@@ -28,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from haste_dist.bisection import cohesion
+from haste_dist.bisection import group_cohesion
 from haste_dist.config import Config
 from haste_dist.errors import DataError
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, read_arrow, replacing, write_arrow
@@ -37,6 +38,9 @@ from haste_dist.world import choose_device
 
 SCHEMA_VERSION = 1
 LABELS_FILE, GROUPS_FILE = "labels.arrow", "groups.json"
+COHESION_FILE = "cohesion.arrow"
+COHESION_SCHEMA = pa.schema([("group", pa.int64()), ("cohesion", pa.float32()), ("random", pa.float32()), ("next", pa.float32())])
+"""A row a group: mean cosine of its labels to its centroid, that of a random group, the centroid's cosine to the next one (0: last)."""
 WORK = "grouping"  # folder of what a killed run has finished
 ORDER_SCHEMA = pa.schema(
     [("label", pa.int64()), ("text", pa.string()), ("frequency", pa.int64()), ("row", pa.int64()), ("group", pa.int64())]
@@ -94,17 +98,17 @@ def order_labels(
     device: torch.device | None = None,
     earlier: np.ndarray | None = None,
     work: Path | None = None,
-) -> tuple[LabelOrder, dict[str, float | None]]:
+) -> tuple[LabelOrder, pa.RecordBatch | None]:
     """The order of L labels from their (L,) int64 training frequencies; a pure function of its arguments but ``device`` and ``work``.
 
     ``embed()`` gives (L, D) float16 or float32 label embeddings of length 1; it is called only where groups of several labels are to be
     semantic. ``earlier`` (K, G): groups of labels that stay together if they are all in the tail, -1 for a label that is no more.
-    ``work``: where finished parts of the grouping are kept. Returns the order and {"cohesion", "cohesion_random"}: mean cosine of a
-    label to its group's centroid, and the same for random groups of tail labels; None where nothing was embedded.
+    ``work``: where finished parts of the grouping are kept. Returns the order and COHESION_SCHEMA's rows, None
+    where nothing was embedded.
     """
     by_frequency = np.lexsort((np.arange(len(frequency)), -frequency))
     head, tail = np.split(by_frequency, [head_size(len(frequency), head_fraction, group_size)])
-    report: dict[str, float | None] = {"cohesion": None, "cohesion_random": None}
+    closeness = None
     if method == "random":
         tail = np.random.default_rng([seed, RANDOM_STREAM]).permutation(tail)
     elif method == "semantic" and group_size > 1 and len(tail):
@@ -128,12 +132,12 @@ def order_labels(
             kept=torch.from_numpy(kept),
             folder=work,
         )
-        report = {
-            "cohesion": round(cohesion(vectors, order, group_size, device), 6),
-            "cohesion_random": round(cohesion(vectors, baseline, group_size, device), 6),
-        }
+        here, after = group_cohesion(vectors, order, group_size, device)
+        chance, _ = group_cohesion(vectors, baseline, group_size, device)
+        columns = [np.arange(len(here)), *(part.numpy().astype(np.float32) for part in (here, chance, after))]
+        closeness = pa.record_batch([pa.array(x, f.type) for x, f in zip(columns, COHESION_SCHEMA, strict=True)], schema=COHESION_SCHEMA)
         tail = order.numpy()
-    return _assemble(frequency, head, tail, group_size), report
+    return _assemble(frequency, head, tail, group_size), closeness
 
 
 def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> dict[str, Any]:
@@ -162,7 +166,7 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
         embed_seconds = time.perf_counter() - started
         return made.vectors
 
-    order, report = order_labels(
+    order, closeness = order_labels(
         table["frequency"].to_numpy(),
         embed,
         head_fraction=config.output.head_fraction,
@@ -176,13 +180,16 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
         work=work,
     )
     _write_order(folder / LABELS_FILE, order, table["text"])
+    (folder / COHESION_FILE).unlink(missing_ok=True)
+    if closeness is not None:
+        write_arrow(folder / COHESION_FILE, closeness)
     page: dict[str, Any] = {
         **settings,
         "labels": order.labels,
         "rows": order.rows,
         "head_rows": order.head_rows,
         "groups": order.groups,
-        **report,
+        **cohesion_report(order, closeness),
         "labels_with_text": made.with_text if made else None,
         "labels_without_training_text": made.untrained if made else None,
         "labels_without_embedding": made.missing if made else None,
@@ -252,6 +259,17 @@ def _write_order(path: Path, order: LabelOrder, texts: pa.ChunkedArray) -> None:
     text = texts.combine_chunks().take(pa.array(order.label_of_row, mask=order.label_of_row < 0)).fill_null("")
     columns = [pa.array(order.label_of_row), text, pa.array(order.frequency_of_row), pa.array(row), pa.array(group)]
     write_arrow(path, pa.RecordBatch.from_arrays(columns, schema=ORDER_SCHEMA))
+
+
+def cohesion_report(order: LabelOrder, closeness: pa.RecordBatch | None) -> dict[str, float | None]:
+    """Mean cosine of a tail label to its group's centroid, and the same for random groups; None where nothing was embedded."""
+    if closeness is None:
+        return {"cohesion": None, "cohesion_random": None}
+    members = (order.label_of_row[order.head_rows :] >= 0).reshape(order.groups, -1).sum(1)
+    return {
+        name: round(float(np.average(closeness[column], weights=members)), 6)
+        for name, column in (("cohesion", "cohesion"), ("cohesion_random", "random"))
+    }
 
 
 def earlier_groups(start: str | Path, uids: pa.ChunkedArray) -> np.ndarray:

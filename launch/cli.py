@@ -67,6 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw a run's curves", description="Draw loss, metrics, churn and step time as a PNG.")
     plot.add_argument("run", metavar="RUN", help=RUN)
 
+    inspect = commands.add_parser(
+        "inspect", help="a page about texts, labels or groups", description="Write a page about texts, labels or groups, with a plot."
+    )
+    inspect.add_argument("kind", metavar="WHAT", choices=("data", "labels", "groups"), help="data, labels or groups")
+    inspect.add_argument("folder", metavar="FOLDER", help="the folder that haste prepare wrote (for groups, a run folder will do)")
+
     datasets = commands.add_parser("datasets", help="build a public data set", description="Build a public data set from a package.")
     actions = datasets.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = actions.add_parser("build", help="write a data set in the XMC layout", description="Write a data set in the XMC layout.")

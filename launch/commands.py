@@ -92,6 +92,15 @@ def plot(args: Namespace) -> int:
     return 0
 
 
+def inspect(args: Namespace) -> int:
+    from haste_dist.inspection import inspect as write_page
+
+    text, *files = write_page(args.kind, args.folder)
+    print(text)
+    print(*files, sep="\n")
+    return 0
+
+
 def datasets(args: Namespace) -> int:
     from haste_dist.datasets import build_dataset
 

@@ -45,7 +45,7 @@ def unit_vectors(n: int, width: int = 12, seed: int = 0) -> np.ndarray:
 )
 def test_every_label_has_one_row(labels: int, group_size: int, head_fraction: float, method: str, seed: int) -> None:
     frequency = np.random.default_rng(seed).integers(0, 9, labels)
-    order, report = order_labels(
+    order, closeness = order_labels(
         frequency, lambda: unit_vectors(labels), head_fraction=head_fraction, group_size=group_size, method=method, seed=seed, iterations=2
     )
     head = order.head_rows
@@ -63,7 +63,7 @@ def test_every_label_has_one_row(labels: int, group_size: int, head_fraction: fl
     assert head - group_size < head_fraction * labels
     rank = list(zip(-frequency, range(labels), strict=True))
     assert [rank[i] for i in order.label_of_row[:head]] == sorted(rank)[:head]  # the most frequent, ties by label id
-    assert (report["cohesion"] is not None) == (method == "semantic" and group_size > 1 and head < labels)
+    assert (closeness is not None) == (method == "semantic" and group_size > 1 and head < labels)
 
 
 def test_head_size_of_decimal_fractions() -> None:
