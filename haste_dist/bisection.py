@@ -1,97 +1,160 @@
-"""Balanced recursive bisection: unit vectors into groups of exactly G, close ones together, neighbouring groups close.
+"""Vectors into halves of fixed size by spherical 2-means, and, halved again and again, into an order in which neighbours are close.
 
-The tree's root holds all groups; a node of c groups is cut into ceil(c/2) and floor(c/2) by spherical 2-means with halves
-of fixed size. The nodes of a level have one of two sizes, so a level is at most two batched computations: no loop over
-vectors or groups.
+The nodes of a level of the recursion have one of two sizes, so a level is at most two batched computations: no loop over
+vectors. Each vector is left out of the mean that it is compared with; otherwise a small half holds on to whatever it began with.
 
 Exactness: vectors and cutting directions are rounded to multiples of 2^-11. A product is then a multiple of 2^-22, and
 partial sums of a similarity stay under about 1, so float32 holds each of them exactly: the order of summation cannot
 matter, and the result is the same for any number of threads and on any device. float16 holds the vectors exactly, too.
 
-Letters: n vectors, D width, G group size, T groups, R = T*G, K nodes of a level, B of them at a time, s rows of a node.
+Letters: n vectors, D width, K nodes of a level, B of them at a time, s rows of a node.
 """
 
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 2**30  # vectors of equal nodes are taken together up to this much, and one node at least
+BLOCK_BYTES = 2**28  # vectors are taken together up to this much, and one node at least
 EXACT_ROWS = 4096  # that many multiples of 2^-11, each at most 1, have an exact float32 sum: 2^12 * 2^11 < 2^24
+SAMPLE = 65536  # vectors that decide how a large set is halved
 GRID = 2.0**11
 
 
-def bisect(vectors_nD: Tensor, group_size: int, *, iterations: int = 8, seed: int = 0) -> Tensor:
-    """Order (n,) int64 of the rows of ``vectors_nD`` (unit length, float), on its device; runs of G rows are the groups.
+def seriate(vectors_nD: Tensor, *, iterations: int = 8, seed: int = 0) -> Tensor:
+    """Order (n,) int64 of the rows of ``vectors_nD`` (unit length, float), on its device, in which close ones stand together.
 
-    ``iterations`` of 2-means a node, from a random cut drawn by ``seed``. Only the last group can have fewer than G rows.
+    ``iterations`` of 2-means a node, from a random cut drawn by ``seed``; of two halves, the one nearer to the node before comes first.
     """
     n, width = vectors_nD.shape
     device = vectors_nD.device
-    groups = -(-n // group_size)
-    # Rows that the last group lacks are zero vectors, numbered n and up, that always sort last.
-    x_RD = torch.zeros(groups * group_size, width, dtype=torch.float16 if device.type == "cuda" else torch.float32, device=device)
-    x_RD[:n] = _on_grid(vectors_nD)
-    order_R = torch.arange(len(x_RD), device=device)
-    counts_K = torch.tensor([groups])  # groups in each node, left to right; on the CPU, so that shapes need no sync
+    x_nD = on_grid(vectors_nD, device)
+    order_n = torch.arange(n, device=device)
+    counts_K = torch.tensor([n])  # rows of each node, left to right; on the CPU, so that shapes need no sync
     generator = torch.Generator().manual_seed(seed)
-    while groups and int(counts_K.max()) > 1:
-        toss_R = torch.rand(len(order_R), generator=generator).to(device)
-        total_KD = _node_totals(x_RD, counts_K, group_size)
+    while n and int(counts_K.max()) > 1:
+        toss_n = torch.rand(n, generator=generator).to(device)
+        first_K = counts_K.cumsum(0) - counts_K
+        total_KD = _node_totals(x_nD, counts_K)
         back_KD = _way_back(total_KD)
-        first_K = (counts_K.cumsum(0) - counts_K) * group_size
-        moved_R = torch.arange(len(order_R), device=device)
-        for count in counts_K[counts_K > 1].unique().tolist():
-            nodes = (counts_K == count).nonzero()[:, 0]
-            s = count * group_size
-            at_a_time = max(1, BLOCK_BYTES // (s * width * x_RD.element_size()))
-            for node_B in nodes.split(at_a_time):
+        moved_n = torch.arange(n, device=device)
+        for s in counts_K[counts_K > 1].unique().tolist():
+            nodes = (counts_K == s).nonzero()[:, 0]
+            for node_B in nodes.split(max(1, BLOCK_BYTES // (s * width * x_nD.element_size()))):
                 rows_Bs = (first_K[node_B, None] + torch.arange(s)).to(device)
-                x_BsD = x_RD.unsqueeze(0) if len(counts_K) == 1 else x_RD[rows_Bs]
-                on_device = node_B.to(device)
-                left = -(-count // 2) * group_size
-                cut_Bs = _cut(x_BsD, order_R[rows_Bs] >= n, toss_R[rows_Bs], total_KD[on_device], back_KD[on_device], left, iterations)
-                moved_R[rows_Bs] = rows_Bs.gather(1, cut_Bs)
-        x_RD, order_R = x_RD[moved_R], order_R[moved_R]
+                x_BsD = x_nD.unsqueeze(0) if len(counts_K) == 1 else x_nD[rows_Bs]
+                at = node_B.to(device)
+                direction_BD = _direction(x_BsD, toss_n[rows_Bs], total_KD[at], -(-s // 2), iterations)
+                # The left half is to be the one nearer to the node before, so that neighbours are close.
+                direction_BD = torch.where((direction_BD * back_KD[at]).sum(1, keepdim=True) < 0, -direction_BD, direction_BD)
+                moved_n[rows_Bs] = rows_Bs.gather(1, _descending(_scores(x_BsD, direction_BD)))
+        x_nD, order_n = x_nD[moved_n], order_n[moved_n]
         halves = torch.stack([(counts_K + 1) // 2, counts_K // 2], 1).view(-1)
         counts_K = halves[halves > 0]
-    return order_R[order_R < n]
+    return order_n
 
 
-def cohesion(vectors_nD: Tensor, order_n: Tensor, group_size: int) -> float:
+def halve(vectors_nD: Tensor, rows: Tensor, left: int, *, iterations: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``rows`` (int64, of ``vectors_nD``, on any device) in two: the ``left`` of them nearest to one of two means, and the others.
+
+    The means are those of a sample; nothing of the size of the vectors is made. Rows come and go on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(rows), generator=generator)[:SAMPLE].sort().values
+    x_1sD = take(vectors_nD, rows[chosen], device)[None]
+    toss_1s = torch.rand(1, len(chosen), generator=generator).to(device)
+    everything = torch.ones_like(toss_1s)
+    share = round(left / len(rows) * len(chosen))
+    direction_1D = _direction(x_1sD, toss_1s, _exact_sum(everything, x_1sD), share, iterations)
+    at_a_time = max(1, BLOCK_BYTES // (vectors_nD.shape[1] * 4))
+    score_1n = torch.cat([_scores(take(vectors_nD, part, device)[None], direction_1D) for part in rows.split(at_a_time)], 1)
+    order = _descending(score_1n)[0].cpu()
+    return rows[order[:left]].sort().values, rows[order[left:]].sort().values
+
+
+def cohesion(vectors_nD: Tensor, order_n: Tensor, group_size: int, device: torch.device | None = None) -> float:
     """Mean cosine of a vector (unit length) to the centroid of its group, where runs of G of ``order_n`` are the groups."""
-    n, width = vectors_nD.shape
-    summed = torch.zeros((), dtype=torch.float64, device=vectors_nD.device)
-    at_a_time = max(1, BLOCK_BYTES // (width * 4 * group_size)) * group_size
+    here_T, _ = group_cohesion(vectors_nD, order_n, group_size, device or vectors_nD.device)
+    members_T = torch.full((len(here_T),), group_size, dtype=torch.float64)
+    members_T[-1:] -= -len(order_n) % group_size
+    return float((here_T.double() @ members_T) / max(len(order_n), 1))
+
+
+def group_cohesion(vectors_nD: Tensor, order_n: Tensor, group_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two (T,) float64 on the CPU: the mean cosine of a group's vectors to its centroid; the centroid's to the next one (0: last)."""
+    width = vectors_nD.shape[1]
+    here, after, last_1D = [], [], torch.zeros(0, width, dtype=torch.float64, device=device)
+    at_a_time = max(1, BLOCK_BYTES // (width * 8 * group_size)) * group_size
     for part in order_n.split(at_a_time):
-        missing = -len(part) % group_size
-        x_gGD = torch.nn.functional.pad(vectors_nD[part], (0, 0, 0, missing)).view(-1, group_size, width)
-        summed += x_gGD.double().sum(1).norm(dim=1).sum()  # the cosines of a group to its centroid add up to the length of its sum
-    return float(summed) / max(n, 1)
+        x_gGD = torch.nn.functional.pad(_take(vectors_nD, part, device).double(), (0, 0, 0, -len(part) % group_size))
+        sum_gD = x_gGD.view(-1, group_size, width).sum(1)
+        here.append(sum_gD.norm(dim=1).cpu())  # the cosines of a group to its centroid add up to the length of its sum
+        centre_gD = torch.cat([last_1D, unit(sum_gD)])
+        after.append((centre_gD[:-1] * centre_gD[1:]).sum(1).cpu())
+        last_1D = centre_gD[-1:]
+    if not here:
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+    members_T = torch.full((-(-len(order_n) // group_size),), group_size, dtype=torch.float64)
+    members_T[-1] -= -len(order_n) % group_size
+    return torch.cat(here) / members_T, torch.cat([*after, torch.zeros(1, dtype=torch.float64)])
 
 
-def _cut(x_BsD: Tensor, padding_Bs: Tensor, toss_Bs: Tensor, total_BD: Tensor, back_BD: Tensor, left: int, iterations: int) -> Tensor:
-    """Order (B, s) int64 of the rows of B nodes: the first ``left`` of each make its left half."""
-    score_Bs = toss_Bs.masked_fill(padding_Bs, -torch.inf)
+def take(vectors_nD: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """Some of the vectors on ``device``, rounded to the grid; they may lie elsewhere, in a mapped file for instance."""
+    return on_grid(_take(vectors_nD, rows, device), device)
+
+
+def on_grid(x: Tensor, device: torch.device) -> Tensor:
+    """Rounded to multiples of 2^-11; float16 on a GPU, float32 on a CPU, which multiplies in that."""
+    return x.to(torch.float32, copy=True).mul_(GRID).round_().div_(GRID).to(torch.float16 if device.type == "cuda" else torch.float32)
+
+
+def unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product, accumulated and returned in float32 whatever the storage."""
+    return torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
+
+
+def _take(vectors_nD: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    return vectors_nD.index_select(0, rows.to(vectors_nD.device)).to(device)
+
+
+def _direction(x_BsD: Tensor, toss_Bs: Tensor, total_BD: Tensor, left: int, iterations: int) -> Tensor:
+    """(B, D) float64 on the grid: the larger a row's product with it, the nearer it is to the left mean."""
+    score_Bs = toss_Bs
     for i in range(iterations):
         left_Bs = torch.zeros_like(score_Bs).scatter_(1, _descending(score_Bs)[:, :left], 1.0)
         left_BD = _exact_sum(left_Bs, x_BsD)
-        direction_BD = _unit(_unit(left_BD) - _unit(total_BD - left_BD))  # the larger the product, the nearer to the left centroid
-        if i == iterations - 1:  # the left half is to be the one nearer to the node before, so that neighbouring groups are close
-            direction_BD = torch.where((direction_BD * back_BD).sum(1, keepdim=True) < 0, -direction_BD, direction_BD)
-        score_Bs = _matmul(x_BsD, _on_grid(direction_BD).to(x_BsD.dtype).unsqueeze(2)).squeeze(2).masked_fill(padding_Bs, -torch.inf)
-    return _descending(score_Bs)
+        right_BD = total_BD - left_BD
+        gap_BD = unit(left_BD) - unit(right_BD)
+        direction_BD = on_grid(unit(gap_BD), x_BsD.device)
+        if i < iterations - 1:
+            score_Bs = _scores(x_BsD, direction_BD) - _own_share(left_Bs, left_BD, right_BD, gap_BD)
+    return direction_BD.double()
 
 
-def _node_totals(x_RD: Tensor, counts_K: Tensor, group_size: int) -> Tensor:
+def _own_share(left_Bs: Tensor, left_BD: Tensor, right_BD: Tensor, gap_BD: Tensor) -> Tensor:
+    """(B, s): what the score of a row, of length 1, owes to the row itself standing in its half's mean."""
+    gap_B1 = gap_BD.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    left_B1, right_B1 = (1 / (part.norm(dim=1, keepdim=True).clamp(min=1e-6) * gap_B1) for part in (left_BD, right_BD))
+    return torch.where(left_Bs > 0, left_B1.float(), -right_B1.float())
+
+
+def _scores(x_BsD: Tensor, direction_BD: Tensor) -> Tensor:
+    return matmul(x_BsD, direction_BD.to(x_BsD.dtype).unsqueeze(2)).squeeze(2)
+
+
+def _node_totals(x_nD: Tensor, counts_K: Tensor) -> Tensor:
     """(K, D) float64 sum of each node's rows: exact, so a difference of running sums is."""
-    sum_TD = x_RD.view(-1, group_size, x_RD.shape[1]).sum(1, dtype=torch.float32)
-    running = torch.cat([torch.zeros_like(sum_TD[:1], dtype=torch.float64), sum_TD.cumsum(0, dtype=torch.float64)])
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), counts_K.cumsum(0)]).to(x_RD.device)
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), counts_K.cumsum(0)]).to(x_nD.device)
+    running = torch.cat([torch.zeros_like(x_nD[:1], dtype=torch.float64), x_nD.cumsum(0, dtype=torch.float64)])
     return running[ends[1:]] - running[ends[:-1]]
 
 
 def _way_back(total_KD: Tensor) -> Tensor:
     """(K, D) from the centroid of the node after to that of the node before; an end of the row has none, which is zero."""
-    centre_KD = torch.nn.functional.pad(_unit(total_KD), (0, 0, 1, 1))
+    centre_KD = torch.nn.functional.pad(unit(total_KD), (0, 0, 1, 1))
     return centre_KD[:-2] - centre_KD[2:]
 
 
@@ -100,22 +163,9 @@ def _exact_sum(weight_Bs: Tensor, x_BsD: Tensor) -> Tensor:
     total_BD = torch.zeros(x_BsD.shape[0], x_BsD.shape[2], dtype=torch.float64, device=x_BsD.device)
     for begin in range(0, x_BsD.shape[1], EXACT_ROWS):
         part = slice(begin, begin + EXACT_ROWS)
-        total_BD += _matmul(weight_Bs[:, None, part].to(x_BsD.dtype), x_BsD[:, part]).squeeze(1)
+        total_BD += matmul(weight_Bs[:, None, part].to(x_BsD.dtype), x_BsD[:, part]).squeeze(1)
     return total_BD
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Batched product, accumulated and returned in float32 whatever the storage."""
-    return torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
 
 
 def _descending(score_Bs: Tensor) -> Tensor:
     return torch.sort(score_Bs, dim=1, descending=True, stable=True).indices  # stable: ties fall the same way everywhere
-
-
-def _unit(x: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(x, dim=-1)
-
-
-def _on_grid(x: Tensor) -> Tensor:
-    return (x * GRID).round_().div_(GRID)

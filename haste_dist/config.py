@@ -73,6 +73,9 @@ class GroupsConfig:
     label_text: bool = setting(True, "join the embedding of the label's own text, where it has one")
     iterations: int = setting(8, "2-means iterations a level of the bisection", low=1, high=100)
     batch_size: int = setting(256, "texts embedded at once", low=1)
+    encoder: str = setting("", "what embeds texts: a Hugging Face or sentence-transformers name or path, a run folder; empty: encoder.name")
+    search: int = setting(2**20, "labels among which neighbours are searched; larger sets are first cut into halves", low=1024)
+    start: str = setting("", "earlier prepared folder whose groups stay together as far as their labels are there (by uid); empty: none")
 
 
 @dataclass

@@ -1,17 +1,21 @@
-"""Label embeddings for grouping: the normalised mean of a label's training texts, joined with the label's own text.
+"""Label embeddings for grouping: the normalised mean of the embeddings of a label's training texts, joined with that of its own text.
 
-The texts stream by, a shard at a time: Y^T E is summed into one (L, D) float32 array and nothing else grows with the data.
-Only the training split is read, never a test text. What embeds a text is one of two things with the same face:
+Two steps. First every text is embedded, a shard of texts at a time, each into a float16 file of its own: by Ray Data on all GPUs (or
+CPUs) where Ray runs, else here. A killed run goes on from the files that are finished. Then Y^T E is summed for a range of labels at
+a time, in the order of the shards, so neither the number of workers nor the size of a range changes a bit of the result. Memory: PIECE
+texts a worker, and at most a quarter of the machine's for the float32 sums (of 10 million labels of width 768 they are 29 GiB, in each
+worker if workers summed). Disk: 2 D bytes a text and a label while it lasts. Only the training split is read, never a test text.
 
-    encoder   the configured pretrained encoder, on a GPU where there is one
-    tfidf     TF-IDF of the token ids, brought to D = 384 by a sparse random projection: fast, and needs no trained encoder
-
-Letters: n texts of a piece, L labels, D embedding width, V vocabulary, B texts of a batch, S tokens of its longest text.
+Letters: n texts of a piece, L labels, R labels of a range, D embedding width.
 """
 
+import dataclasses
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -21,72 +25,74 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from haste_dist.config import Config
-from haste_dist.encoder import build_encoder, load_tokenizer
-from haste_dist.errors import ConfigError
-from haste_dist.manifest import Manifest, open_split
+from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, SHARD_SCHEMA, Manifest, open_split, read_arrow, replacing
+from haste_dist.text_embedders import (
+    PIECE,
+    Embedder,
+    Ragged,
+    encoder_embedder,
+    inverse_document_frequency,
+    pieces,
+    tfidf_embedder,
+    tokenize,
+)
 
-PROJECTED, PROJECTION_ENTRIES = 384, 8  # width of projected TF-IDF, and non-zeros of a token in it
-PIECE = 16384  # texts embedded before their sum is taken: bounds memory where shards are large
-PROJECTION_STREAM, MISSING_STREAM = 3, 4  # keep the random streams of one seed apart
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """n lists of token ids, end to end: ``values`` (sum of lengths,) int32 and ``offsets`` (n + 1,) int64 from 0."""
-
-    values: np.ndarray
-    offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+OWN_TEXTS = 65536  # labels whose own texts make one file
+SUM_BYTES = max(2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)  # of the float32 sums of a range of labels
+MISSING_STREAM = 4  # keeps the random streams of one seed apart
+IDF, VECTORS = "idf.npy", "labels.npy"
 
 
 @dataclass(frozen=True)
 class LabelEmbeddings:
-    """``vectors`` (L, D) float32, each of length 1.
+    """``vectors`` (L, D) float16, each of length 1, mapped from a file.
 
-    ``with_text``: labels whose own text was joined in. ``missing``: labels with neither a training text nor a text of their
-    own (or with texts that embed to zero); their vectors are random.
+    ``with_text``: labels whose own text was joined in. ``untrained``: labels without a training text. ``missing``: labels with neither
+    (or with texts that embed to zero); their vectors are random.
     """
 
     vectors: np.ndarray
     with_text: int
+    untrained: int
     missing: int
 
 
-# Turns n texts into (n, D) float32 embeddings; ``done(k)`` is called as k more texts are finished.
-Embedder = Callable[[Ragged, Callable[[int], None]], np.ndarray]
+@dataclass(frozen=True)
+class Task:
+    """One file of embeddings to make: of a training shard, or of the own texts of labels ``start`` to ``stop``."""
+
+    name: str
+    texts: int
+    shard: str = ""
+    start: int = 0
+    stop: int = 0
 
 
-def embed_labels(config: Config, folder: Path, manifest: Manifest, label_texts: pa.ChunkedArray, device: torch.device) -> LabelEmbeddings:
-    """Embeddings of the L labels of a prepared folder; ``label_texts`` are their own texts, '' for none.
+def embed_labels(config: Config, folder: Path, manifest: Manifest, device: torch.device, work: Path) -> LabelEmbeddings:
+    """Embeddings of the L labels of a prepared folder. ``work``: a folder for these settings and data alone, which the caller removes.
 
-    Raises ConfigError where the encoder has learnt nothing yet, and for an encoder or tokenizer that cannot be loaded.
+    Raises ConfigError where the encoder has learnt nothing yet, and for an encoder or tokenizer that cannot be loaded; DataError
+    where a file cannot be read or written.
     """
-    train = open_split(folder, manifest, "train")
-    own = np.flatnonzero(label_texts.to_numpy() != "") if config.groups.label_text else np.zeros(0, np.int64)
-    if config.groups.features == "tfidf":
-        embed, width = _tfidf_embedder(train, manifest.tokenizer.vocab_size, config.run.seed), PROJECTED
-    else:
-        embed, width = _encoder_embedder(config, manifest, device)
-    sums_LD = np.zeros((manifest.labels, width), np.float32)
-    with _progress() as bars:
-        bar = bars.add_task("embedding labels", total=train.num_rows + len(own))
-        for texts, labels in _pieces(train):
-            add_label_sums(sums_LD, _normalise(embed(texts, lambda k: bars.advance(bar, k))), labels)
-        _normalise(sums_LD)
-        for part in np.split(own, range(PIECE, len(own), PIECE)) if len(own) else []:
-            texts = _tokenize(config, label_texts.take(pa.array(part)).to_pylist(), manifest.max_length)
-            sums_LD[part] += _normalise(embed(texts, lambda k: bars.advance(bar, k)))
-    _normalise(sums_LD)
-    missing = np.flatnonzero(~sums_LD.any(axis=1))
-    sums_LD[missing] = _normalise(
-        np.random.default_rng([config.run.seed, MISSING_STREAM]).standard_normal((len(missing), width), np.float32)
-    )
-    return LabelEmbeddings(sums_LD, with_text=len(own), missing=len(missing))
+    own = np.zeros(manifest.labels, bool)
+    if config.groups.label_text:
+        own = read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)["text"].to_numpy() != ""
+    tasks = [Task(f"train-{i:05d}.npy", shard.rows, shard=shard.file) for i, shard in enumerate(manifest.splits["train"].shards)]
+    for start in range(0, manifest.labels, OWN_TEXTS):
+        stop = min(start + OWN_TEXTS, manifest.labels)
+        if own[start:stop].any():
+            tasks.append(Task(f"own-{start // OWN_TEXTS:05d}.npy", int(own[start:stop].sum()), start=start, stop=stop))
+    work.mkdir(parents=True, exist_ok=True)
+    if config.groups.features == "tfidf" and not (work / IDF).is_file():
+        with replacing(work / IDF) as file:
+            np.save(file, inverse_document_frequency(open_split(folder, manifest, "train"), manifest.tokenizer.vocab_size))
+    with progress() as bars:
+        bar = bars.add_task("embedding texts", total=sum(task.texts for task in tasks))
+        todo = [task for task in tasks if not (work / task.name).is_file()]
+        bars.advance(bar, sum(task.texts for task in tasks) - sum(task.texts for task in todo))
+        _embed_all(config, folder, manifest, device, work, todo, lambda texts: bars.advance(bar, texts))
+    untrained, missing = _sum_labels(config, folder, manifest, work, tasks, own)
+    return LabelEmbeddings(np.load(work / VECTORS, mmap_mode="c"), int(own.sum()), untrained, missing)
 
 
 def add_label_sums(sums_LD: np.ndarray, embeddings_nD: np.ndarray, labels: Ragged) -> None:
@@ -96,87 +102,124 @@ def add_label_sums(sums_LD: np.ndarray, embeddings_nD: np.ndarray, labels: Ragge
     sums_LD[seen] += y_nu.T.tocsr() @ embeddings_nD
 
 
-def term_counts(texts: Ragged, vocabulary: int) -> sp.csr_matrix:
-    """(n, V) float32: how often each token stands in each text."""
-    tokens = texts.values.copy()  # scipy sorts them in place, and a mapped file is read-only
-    counts = sp.csr_matrix((np.ones(len(tokens), np.float32), tokens, texts.offsets), shape=(len(texts), vocabulary))
-    counts.sum_duplicates()
-    return counts
+def _embed_all(
+    config: Config, folder: Path, manifest: Manifest, device: torch.device, work: Path, tasks: list[Task], done: Callable[[int], None]
+) -> None:
+    """Does all ``tasks``, through Ray Data where Ray runs and there are several."""
+    if not tasks:
+        return
+    embed = make_embedder(config, manifest, device, work)  # what cannot be loaded fails here, before Ray starts workers
+    import ray
+
+    if len(tasks) == 1 or not ray.is_initialized():
+        for task in tasks:
+            _do(task, embed, config, folder, manifest, work)
+            done(task.texts)
+        return
+    del embed
+    from ray.data import DataContext
+
+    resources = ray.cluster_resources()
+    on_gpu = device.type == "cuda"
+    workers = int(resources.get("GPU", 1)) if on_gpu else config.data.workers or int(resources.get("CPU", 1))
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    with DataContext.current(context):
+        results = ray.data.from_items([dataclasses.asdict(task) for task in tasks], override_num_blocks=len(tasks)).map_batches(
+            _Worker,
+            fn_constructor_args=(config, str(folder.absolute()), manifest, device.type, str(work.absolute())),
+            batch_size=1,
+            batch_format="pyarrow",
+            concurrency=max(1, min(workers, len(tasks))),
+            num_gpus=1 if on_gpu else 0,
+            num_cpus=0 if on_gpu else 1,
+        )
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            done(sum(pa.table(batch)["texts"].to_pylist()))
 
 
-def projection(vocabulary: int, seed: int) -> sp.csr_matrix:
-    """(V, 384) float32: eight random signs a token, scaled so that inner products are kept on average."""
-    rng = np.random.default_rng([seed, PROJECTION_STREAM])
-    columns = rng.integers(0, PROJECTED, vocabulary * PROJECTION_ENTRIES)
-    signs = rng.choice(np.array([-1, 1], np.float32), vocabulary * PROJECTION_ENTRIES) / np.float32(np.sqrt(PROJECTION_ENTRIES))
-    return sp.csr_matrix((signs, columns, np.arange(vocabulary + 1) * PROJECTION_ENTRIES), shape=(vocabulary, PROJECTED))
+class _Worker:
+    """An actor that embeds the texts of one task after the other."""
+
+    def __init__(self, config: Config, folder: str, manifest: Manifest, device: str, work: str):
+        self.arguments = config, Path(folder), manifest, Path(work)
+        self.embed = make_embedder(config, manifest, torch.device(device), Path(work))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        for item in batch.to_pylist():
+            _do(Task(**item), self.embed, *self.arguments)
+        return batch.select(["texts"])
 
 
-def _tfidf_embedder(train: pa.Table, vocabulary: int, seed: int) -> Embedder:
-    """TF-IDF with (1 + log count) and log((1 + N) / (1 + N_t)): tokens of every text, such as the special ones, weigh nothing."""
-    document_frequency = np.zeros(vocabulary, np.int64)
-    for texts, _ in _pieces(train):
-        document_frequency += np.bincount(term_counts(texts, vocabulary).indices, minlength=vocabulary)
-    idf = np.log((1 + train.num_rows) / (1 + document_frequency)).astype(np.float32)
-    project = projection(vocabulary, seed)
-
-    def embed(texts: Ragged, done: Callable[[int], None]) -> np.ndarray:
-        weights = term_counts(texts, vocabulary)
-        weights.data = (1 + np.log(weights.data)) * idf[weights.indices]
-        done(len(texts))
-        return (weights @ project).toarray()
-
-    return embed
+def make_embedder(config: Config, manifest: Manifest, device: torch.device, work: Path) -> Embedder:
+    if config.groups.features == "tfidf":
+        return tfidf_embedder(np.load(work / IDF), config.run.seed)
+    return encoder_embedder(config, manifest, device)
 
 
-def _encoder_embedder(config: Config, manifest: Manifest, device: torch.device) -> tuple[Embedder, int]:
-    if config.encoder.name == "scratch":
-        raise ConfigError("groups.features=encoder: a scratch encoder has learnt nothing to compare labels by; set groups.features=tfidf")
-    pad_id = manifest.tokenizer.pad_id
-    encoder = build_encoder(config.encoder, manifest.tokenizer.vocab_size, pad_id, manifest.max_length).to(device).eval()
-    low_precision = device.type == "cuda" and config.encoder.precision != "float32"
-
-    def embed(texts: Ragged, done: Callable[[int], None]) -> np.ndarray:
-        result_nD = np.empty((len(texts), encoder.width), np.float32)
-        by_length = np.argsort(-texts.lengths(), kind="stable")  # longest first: little padding, and too long a batch fails at once
-        for begin in range(0, len(texts), config.groups.batch_size):
-            rows = by_length[begin : begin + config.groups.batch_size]
-            ids_BS, mask_BS = _pad(texts, rows, pad_id)
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
-                x_BD = encoder(torch.from_numpy(ids_BS).to(device), torch.from_numpy(mask_BS).to(device))
-            result_nD[rows] = x_BD.float().cpu().numpy()
-            done(len(rows))
-        return result_nD
-
-    return embed, encoder.width
+def _do(task: Task, embed: Embedder, config: Config, folder: Path, manifest: Manifest, work: Path) -> None:
+    """Writes the file of ``task``: (texts, D) float16, rows of length 1."""
+    with replacing(work / task.name) as file:
+        for i, texts in enumerate(_texts(task, config, folder, manifest)):
+            x_nD = _normalise(embed(texts)).astype("<f2")
+            if i == 0:
+                _write_header(file, (task.texts, x_nD.shape[1]))
+            file.write(x_nD.tobytes())
 
 
-def _pad(texts: Ragged, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and attention mask, both (B, S) int64, of the texts at ``rows``."""
-    lengths_B = texts.lengths()[rows]
-    at_S = np.arange(max(1, lengths_B.max()))
-    mask_BS = at_S < lengths_B[:, None]
-    where_BS = np.where(mask_BS, texts.offsets[rows][:, None] + at_S, 0)
-    ids_BS = np.where(mask_BS, texts.values[where_BS], pad_id) if len(texts.values) else np.full(mask_BS.shape, pad_id)
-    return ids_BS.astype(np.int64), mask_BS.astype(np.int64)
+def _texts(task: Task, config: Config, folder: Path, manifest: Manifest) -> Iterator[Ragged]:
+    if task.shard:
+        yield from (texts for texts, _ in pieces(read_arrow(folder / task.shard, SHARD_SCHEMA)))
+        return
+    own = read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)["text"][task.start : task.stop].to_pylist()
+    texts = [text for text in own if text]
+    for begin in range(0, len(texts), PIECE):
+        yield tokenize(config.encoder, texts[begin : begin + PIECE], manifest.max_length)
 
 
-def _pieces(train: pa.Table) -> Iterator[tuple[Ragged, Ragged]]:
-    """(token ids, label ids) of the texts, at most PIECE at a time, in order."""
-    for batch in train.select(["input_ids", "labels"]).to_batches(max_chunksize=PIECE):
-        if batch.num_rows:
-            yield _ragged(batch.column(0)), _ragged(batch.column(1))
+def _sum_labels(config: Config, folder: Path, manifest: Manifest, work: Path, tasks: list[Task], own: np.ndarray) -> tuple[int, int]:
+    """Writes the label vectors, a range of labels at a time; returns how many have no training text, and neither text."""
+    width = np.load(work / tasks[0].name, mmap_mode="r").shape[1]
+    size = max(1, SUM_BYTES // (4 * width))
+    untrained, random = 0, np.random.default_rng([config.run.seed, MISSING_STREAM])
+    missing = 0
+    with replacing(work / VECTORS) as file:
+        _write_header(file, (manifest.labels, width))
+        for start in range(0, manifest.labels, size):
+            stop = min(start + size, manifest.labels)
+            sums_RD = np.zeros((stop - start, width), np.float32)
+            for task in tasks:
+                if task.shard:
+                    _add_shard(sums_RD, np.load(work / task.name, mmap_mode="r"), folder / task.shard, start)
+            untrained += int((~sums_RD.any(axis=1)).sum())
+            _normalise(sums_RD)
+            for task in tasks:
+                if not task.shard and task.start < stop and start < task.stop:
+                    labels = task.start + np.flatnonzero(own[task.start : task.stop])
+                    here = (labels >= start) & (labels < stop)
+                    sums_RD[labels[here] - start] += np.load(work / task.name, mmap_mode="r")[here]
+            _normalise(sums_RD)
+            absent = np.flatnonzero(~sums_RD.any(axis=1))
+            sums_RD[absent] = _normalise(random.standard_normal((len(absent), width), np.float32))
+            missing += len(absent)
+            file.write(sums_RD.astype("<f2").tobytes())
+    return untrained, missing
 
 
-def _ragged(column: pa.ListArray) -> Ragged:
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    return Ragged(column.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0])
+def _add_shard(sums_RD: np.ndarray, embeddings: np.ndarray, shard: Path, start: int) -> None:
+    """Adds the texts of a shard to the sums of labels ``start``, ``start`` + 1, ..."""
+    first = 0
+    for _, labels in pieces(read_arrow(shard, SHARD_SCHEMA)):
+        here = (labels.values >= start) & (labels.values < start + len(sums_RD))
+        if here.any():
+            offsets = np.concatenate([[0], np.cumsum(here)])[labels.offsets]
+            x_nD = embeddings[first : first + len(labels)].astype(np.float32)
+            add_label_sums(sums_RD, x_nD, Ragged(labels.values[here] - start, offsets))
+        first += len(labels)
 
 
-def _tokenize(config: Config, texts: list[str], max_length: int) -> Ragged:
-    ids = load_tokenizer(config.encoder)(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-    offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
-    return Ragged(np.concatenate([np.asarray(i, np.int32) for i in ids]), offsets)
+def _write_header(file: BinaryIO, shape: tuple[int, int]) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
 
 
 def _normalise(x: np.ndarray) -> np.ndarray:
@@ -186,7 +229,16 @@ def _normalise(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _progress() -> Progress:
+def remove_work(work: Path, but: str = "") -> None:
+    """Removes what earlier runs left under ``work``, except the folder called ``but``."""
+    for path in work.glob("*"):
+        if path.name != but:
+            shutil.rmtree(path, ignore_errors=True)
+    if not but:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def progress() -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

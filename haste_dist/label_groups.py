@@ -3,11 +3,14 @@
 Rows 0..H-1 are the head: the most frequent labels (ties by label id), H = head_fraction * L rounded up to whole groups, in an
 order that gives every rank's range of them a like share of frequent ones (``sharding.spread``).
 The other labels, the tail, stand in T groups of exactly G rows; only the last group may hold padding, at its end. Groups
-are semantic (close label embeddings, neighbouring groups close: see ``bisection``), random, or neighbours in frequency.
+are semantic (close label embeddings, neighbouring groups close: see ``packing``), random, or neighbours in frequency.
+
+A label order of earlier data can be the start: groups whose labels are all still there stay together (``groups.start``).
 
 Written into the prepared folder, each file atomically, with bytes that depend on the settings and the data alone:
     labels.arrow   a row per output row: label (-1: padding), text, frequency, row, group (-1: head)
     groups.json    H, T, G, the settings behind the order, its fingerprint, and the cohesion report
+    cohesion.arrow how close each group's labels are, and those of random groups; only where labels were embedded
 
 Letters: L labels, R = H + T*G rows, D embedding width.
 """
@@ -24,17 +27,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from haste_dist.bisection import bisect, cohesion
+from haste_dist.bisection import group_cohesion
 from haste_dist.config import Config
 from haste_dist.errors import DataError
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, read_arrow, replacing, write_arrow
+from haste_dist.packing import pack
 from haste_dist.sharding import spread
 from haste_dist.world import choose_device
 
 SCHEMA_VERSION = 1
 LABELS_FILE, GROUPS_FILE = "labels.arrow", "groups.json"
+COHESION_FILE = "cohesion.arrow"
+COHESION_SCHEMA = pa.schema([("group", pa.int64()), ("cohesion", pa.float32()), ("random", pa.float32()), ("next", pa.float32())])
+"""A row a group: mean cosine of its labels to its centroid, that of a random group, the centroid's cosine to the next one (0: last)."""
+WORK = "grouping"  # folder of what a killed run has finished
 ORDER_SCHEMA = pa.schema(
     [("label", pa.int64()), ("text", pa.string()), ("frequency", pa.int64()), ("row", pa.int64()), ("group", pa.int64())]
 )
@@ -86,31 +95,52 @@ def order_labels(
     group_size: int,
     method: str,
     iterations: int = 8,
+    search: int = 2**20,
     seed: int = 0,
     device: torch.device | None = None,
-) -> tuple[LabelOrder, dict[str, float | None]]:
-    """The order of L labels from their (L,) int64 training frequencies; a pure function of its arguments.
+    earlier: np.ndarray | None = None,
+    work: Path | None = None,
+) -> tuple[LabelOrder, pa.RecordBatch | None]:
+    """The order of L labels from their (L,) int64 training frequencies; a pure function of its arguments but ``device`` and ``work``.
 
-    ``embed()`` gives (L, D) float32 label embeddings of length 1; it is called only where groups of several labels are to be
-    semantic. Returns the order and {"cohesion", "cohesion_random"}: mean cosine of a label to its group's centroid, and the
-    same for random groups of tail labels; None where nothing was embedded.
+    ``embed()`` gives (L, D) float16 or float32 label embeddings of length 1; it is called only where groups of several labels are to be
+    semantic. ``earlier`` (K, G): groups of labels that stay together if they are all in the tail, -1 for a label that is no more.
+    ``work``: where finished parts of the grouping are kept. Returns the order and COHESION_SCHEMA's rows, None
+    where nothing was embedded.
     """
     by_frequency = np.lexsort((np.arange(len(frequency)), -frequency))
     head, tail = np.split(by_frequency, [head_size(len(frequency), head_fraction, group_size)])
     head = head[spread(len(head))]
-    report: dict[str, float | None] = {"cohesion": None, "cohesion_random": None}
+    closeness = None
     if method == "random":
         tail = np.random.default_rng([seed, RANDOM_STREAM]).permutation(tail)
     elif method == "semantic" and group_size > 1 and len(tail):
-        vectors = torch.from_numpy(embed()[tail]).to(device)
-        order = bisect(vectors, group_size, iterations=iterations, seed=seed)
-        baseline = torch.from_numpy(np.random.default_rng([seed, BASELINE_STREAM]).permutation(len(tail))).to(device)
-        report = {
-            "cohesion": round(cohesion(vectors, order, group_size), 6),
-            "cohesion_random": round(cohesion(vectors, baseline, group_size), 6),
-        }
-        tail = tail[order.cpu().numpy()]
-    return _assemble(frequency, head, tail, group_size), report
+        vectors = torch.from_numpy(embed())
+        device = device or vectors.device
+        if device.type == "cuda" and vectors.nbytes < torch.cuda.mem_get_info(device)[0] // 3:  # else blocks go there as they are needed
+            vectors = vectors.to(device)
+        baseline = torch.from_numpy(np.random.default_rng([seed, BASELINE_STREAM]).permutation(tail))
+        kept = np.zeros((0, group_size), np.int64)
+        if earlier is not None and earlier.shape[1:] == kept.shape[1:]:
+            kept = earlier[np.isin(earlier, tail).all(axis=1)]
+        rows = torch.from_numpy(np.setdiff1d(tail, kept))
+        order = pack(
+            vectors,
+            rows,
+            group_size,
+            search=search,
+            iterations=iterations,
+            seed=seed,
+            device=device,
+            kept=torch.from_numpy(kept),
+            folder=work,
+        )
+        here, after = group_cohesion(vectors, order, group_size, device)
+        chance, _ = group_cohesion(vectors, baseline, group_size, device)
+        columns = [np.arange(len(here)), *(part.numpy().astype(np.float32) for part in (here, chance, after))]
+        closeness = pa.record_batch([pa.array(x, f.type) for x, f in zip(columns, COHESION_SCHEMA, strict=True)], schema=COHESION_SCHEMA)
+        tail = order.numpy()
+    return _assemble(frequency, head, tail, group_size), closeness
 
 
 def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> dict[str, Any]:
@@ -119,46 +149,58 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
     Reads label_texts.arrow, and for semantic groups the training shards that ``manifest`` lists (never a test text).
     Raises ConfigError where the embeddings cannot be made, DataError where a file is missing, damaged or cannot be written.
     """
-    from haste_dist.label_embeddings import LabelEmbeddings, embed_labels  # transformers and scipy: not for those who only load an order
+    from haste_dist.label_embeddings import LabelEmbeddings, embed_labels, remove_work  # transformers and scipy: slow to import
 
     began = time.perf_counter()
     folder = Path(folder)
     table = read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)
     device = choose_device(config.launch.device)
+    settings = _settings(config, manifest)
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    work = folder / WORK / key
+    remove_work(folder / WORK, but=key)
     made: LabelEmbeddings | None = None
     embed_seconds = 0.0
 
     def embed() -> np.ndarray:
         nonlocal made, embed_seconds
         started = time.perf_counter()
-        made = embed_labels(config, folder, manifest, table["text"], device)
+        made = embed_labels(config, folder, manifest, device, work)
         embed_seconds = time.perf_counter() - started
         return made.vectors
 
-    order, report = order_labels(
+    order, closeness = order_labels(
         table["frequency"].to_numpy(),
         embed,
         head_fraction=config.output.head_fraction,
         group_size=config.output.group_size,
         method=config.groups.method,
         iterations=config.groups.iterations,
+        search=config.groups.search,
         seed=config.run.seed,
         device=device,
+        earlier=earlier_groups(config.groups.start, table["uid"]) if config.groups.start else None,
+        work=work,
     )
     _write_order(folder / LABELS_FILE, order, table["text"])
+    (folder / COHESION_FILE).unlink(missing_ok=True)
+    if closeness is not None:
+        write_arrow(folder / COHESION_FILE, closeness)
     page: dict[str, Any] = {
-        **_settings(config, manifest),
+        **settings,
         "labels": order.labels,
         "rows": order.rows,
         "head_rows": order.head_rows,
         "groups": order.groups,
-        **report,
+        **cohesion_report(order, closeness),
         "labels_with_text": made.with_text if made else None,
+        "labels_without_training_text": made.untrained if made else None,
         "labels_without_embedding": made.missing if made else None,
         "fingerprint": order.fingerprint,
     }
     with replacing(folder / GROUPS_FILE) as file:
         file.write((json.dumps(page, indent=1) + "\n").encode())
+    remove_work(folder / WORK)
     seconds = time.perf_counter() - began
     return {**page, "seconds": {"embedding": round(embed_seconds, 3), "grouping": round(seconds - embed_seconds, 3)}}
 
@@ -222,12 +264,36 @@ def _write_order(path: Path, order: LabelOrder, texts: pa.ChunkedArray) -> None:
     write_arrow(path, pa.RecordBatch.from_arrays(columns, schema=ORDER_SCHEMA))
 
 
+def cohesion_report(order: LabelOrder, closeness: pa.RecordBatch | None) -> dict[str, float | None]:
+    """Mean cosine of a tail label to its group's centroid, and the same for random groups; None where nothing was embedded."""
+    if closeness is None:
+        return {"cohesion": None, "cohesion_random": None}
+    members = (order.label_of_row[order.head_rows :] >= 0).reshape(order.groups, -1).sum(1)
+    return {
+        name: round(float(np.average(closeness[column], weights=members)), 6)
+        for name, column in (("cohesion", "cohesion"), ("cohesion_random", "random"))
+    }
+
+
+def earlier_groups(start: str | Path, uids: pa.ChunkedArray) -> np.ndarray:
+    """(K, G) int64: the tail groups of the prepared folder ``start``, as labels that have the same uid in ``uids`` now, -1 for none.
+
+    Raises DataError where ``start`` is no prepared folder.
+    """
+    order = load_label_order(start)
+    then = read_arrow(Path(start) / LABEL_TEXTS, LABEL_SCHEMA)["uid"]
+    now = pc.index_in(then.combine_chunks(), value_set=uids.combine_chunks()).fill_null(-1).to_numpy().astype(np.int64)
+    tail = order.label_of_row[order.head_rows :]
+    return np.where(tail >= 0, now[tail], -1).reshape(-1, order.group_size)
+
+
 def _settings(config: Config, manifest: Manifest) -> dict[str, Any]:
     """All that the order depends on: the data's fingerprint and the settings. groups.json begins with it; a rerun compares it."""
     groups = dataclasses.asdict(config.groups)
-    del groups["batch_size"]
-    embeds = config.groups.features == "encoder"
-    encoder = {name: getattr(config.encoder, name) for name in ("name", "layers", "pooling")} if embeds else None
+    for name in ("batch_size", "encoder"):
+        del groups[name]
+    if config.groups.start:
+        groups["start"] = load_label_order(config.groups.start).fingerprint
     return {
         "schema_version": SCHEMA_VERSION,
         "prepared": manifest.fingerprint,
@@ -235,5 +301,13 @@ def _settings(config: Config, manifest: Manifest) -> dict[str, Any]:
         "head_fraction": config.output.head_fraction,
         "seed": config.run.seed,
         **groups,
-        "encoder": encoder,
+        "encoder": _encoder_identity(config) if config.groups.features == "encoder" else None,
     }
+
+
+def _encoder_identity(config: Config) -> dict[str, Any]:
+    if config.groups.encoder:
+        from haste_dist.text_embedders import encoder_source  # transformers: slow to import
+
+        return encoder_source(config).identity()
+    return {name: getattr(config.encoder, name) for name in ("name", "layers", "pooling")}

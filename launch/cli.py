@@ -86,6 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw a run's curves", description="Draw loss, metrics, churn and step time as a PNG.")
     plot.add_argument("run", metavar="RUN", help=RUN)
 
+    inspect = commands.add_parser(
+        "inspect", help="a page about texts, labels or groups", description="Write a page about texts, labels or groups, with a plot."
+    )
+    inspect.add_argument("kind", metavar="WHAT", choices=("data", "labels", "groups"), help="data, labels or groups")
+    inspect.add_argument("folder", metavar="FOLDER", help="the folder that haste prepare wrote (for groups, a run folder will do)")
+
     datasets = commands.add_parser("datasets", help="build a public data set", description="Build a public data set from a package.")
     actions = datasets.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = actions.add_parser("build", help="write a data set in the XMC layout", description="Write a data set in the XMC layout.")
@@ -115,6 +121,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     saving.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the labels are (default auto)")
     saving.add_argument("--records", metavar="DIR", default="none", help="folder that the figures are appended to (default none)")
+    grouping = actions.add_parser(
+        "grouping",
+        help="labels into groups",
+        description="Time and memory of putting labels into groups, and how close the groups are, on vectors that are made up or given.",
+    )
+    grouping.add_argument("--labels", type=_positive, metavar="L", default=100_000, help="labels (default 100000)")
+    grouping.add_argument("--width", type=_positive, metavar="D", default=768, help="features of a label's vector (default 768)")
+    grouping.add_argument("--group", type=_positive, metavar="G", default=32, help="labels of a group (default 32)")
+    grouping.add_argument("--search", type=_positive, metavar="N", default=2**20, help="as the setting groups.search (default 2^20)")
+    grouping.add_argument("--vectors", metavar="FILE", default="", help="real vectors: .npy, a row of length 1 a label")
+    grouping.add_argument("--records", metavar="DIR", default="", help="as in haste bench kernels")
     return parser
 
 

@@ -110,6 +110,15 @@ def plot(args: Namespace) -> int:
     return 0
 
 
+def inspect(args: Namespace) -> int:
+    from haste_dist.inspection import inspect as write_page
+
+    text, *files = write_page(args.kind, args.folder)
+    print(text)
+    print(*files, sep="\n")
+    return 0
+
+
 def datasets(args: Namespace) -> int:
     from haste_dist.datasets import build_dataset
 
@@ -123,6 +132,10 @@ def bench(args: Namespace) -> int:
         from haste_launch.checkpoint_bench import bench_checkpoint
 
         return bench_checkpoint(args)
+    if args.action == "grouping":
+        from haste_launch.bench_grouping import bench_grouping
+
+        return bench_grouping(args)
     from haste_launch.bench_settings import read_words
 
     words = read_words(args)  # wrong words fail here, before torch loads

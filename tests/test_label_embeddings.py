@@ -1,8 +1,13 @@
 """Label embeddings against a slow definition: one text at a time, one label at a time."""
 
+import dataclasses
+import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -10,17 +15,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny import WORDS, make_prepared, make_tokenizer
 from transformers import BertConfig, BertModel
 
-from haste_dist import label_embeddings
+from haste_dist import label_embeddings, text_embedders
 from haste_dist.config import Config
 from haste_dist.encoder import build_encoder, load_tokenizer
-from haste_dist.errors import ConfigError
-from haste_dist.label_embeddings import LabelEmbeddings, Ragged, add_label_sums, embed_labels, projection
-from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, open_split, read_arrow, read_manifest
+from haste_dist.errors import CheckpointError, ConfigError
+from haste_dist.label_embeddings import LabelEmbeddings, add_label_sums, embed_labels
+from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, open_split, read_arrow, read_manifest, write_arrow
+from haste_dist.model import make_encoder
+from haste_dist.text_embedders import Ragged, encoder_source, inverse_document_frequency, projection, tfidf_embedder
+from haste_dist.train import train
+from haste_dist.world import join_world
 
 LABELS = 101
+HALF = 1e-3  # vectors are kept in float16
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -47,10 +58,23 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return made
 
 
-def embed(config: Config, texts: pa.ChunkedArray | None = None) -> LabelEmbeddings:
+@contextmanager
+def own_texts(config: Config, texts: list[str]) -> Iterator[None]:
+    """The label texts of the prepared folder, for a while."""
+    path = Path(config.data.prepared) / LABEL_TEXTS
+    before = path.read_bytes()
+    table = read_arrow(path, LABEL_SCHEMA)
+    columns = [table["uid"].combine_chunks(), pa.array(texts), table["frequency"].combine_chunks()]
+    write_arrow(path, pa.RecordBatch.from_arrays(columns, schema=LABEL_SCHEMA))
+    yield
+    path.write_bytes(before)
+
+
+def embed(config: Config, texts: list[str] | None = None) -> LabelEmbeddings:
     folder = Path(config.data.prepared)
-    own = read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)["text"] if texts is None else texts
-    return embed_labels(config, folder, read_manifest(folder), own, torch.device("cpu"))
+    with own_texts(config, texts) if texts else nullcontext(), TemporaryDirectory() as work:
+        made = embed_labels(config, folder, read_manifest(folder), torch.device("cpu"), Path(work) / "new")
+        return dataclasses.replace(made, vectors=np.array(made.vectors, np.float32))
 
 
 def training_rows(config: Config) -> list[dict]:
@@ -80,11 +104,10 @@ def test_encoder_embeddings(config: Config) -> None:
             return encoder(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))[0].numpy()
 
     own = [f"w{i} w{i + 1}" if i % 3 else "" for i in range(LABELS)]
-    got = embed(config, pa.chunked_array([own]))
+    got = embed(config, own)
     expected = by_definition(config, embed_one, own)
     known = expected.any(axis=1)
-    assert got.vectors.dtype == np.float32
-    np.testing.assert_allclose(got.vectors[known], expected[known], atol=2e-5)
+    np.testing.assert_allclose(got.vectors[known], expected[known], atol=HALF)
     assert got.with_text == sum(map(bool, own))
     assert got.missing == (~known).sum() > 0
 
@@ -102,10 +125,10 @@ def test_tfidf_embeddings(config: Config) -> None:
         return vector @ project
 
     own = [f"w{i}" if i % 2 else "" for i in range(LABELS)]
-    got = embed(config, pa.chunked_array([own]))
+    got = embed(config, own)
     expected = by_definition(config, embed_one, own)
     known = expected.any(axis=1)
-    np.testing.assert_allclose(got.vectors[known], expected[known], atol=2e-5)
+    np.testing.assert_allclose(got.vectors[known], expected[known], atol=HALF)
     assert got.missing == (~known).sum() > 0
 
 
@@ -113,9 +136,14 @@ def test_tfidf_embeddings(config: Config) -> None:
 def test_pieces_and_batches_do_not_matter(config: Config, features: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config.groups.features = features
     whole = embed(config)
+    monkeypatch.setattr(text_embedders, "PIECE", 11)
     monkeypatch.setattr(label_embeddings, "PIECE", 11)
     monkeypatch.setattr(config.groups, "batch_size", 64)
-    np.testing.assert_allclose(embed(config).vectors, whole.vectors, atol=2e-5)
+    monkeypatch.setattr(label_embeddings, "SUM_BYTES", 4 * 40 * 24)  # ranges of a few labels
+    monkeypatch.setattr(label_embeddings, "OWN_TEXTS", 17)
+    again = embed(config)
+    np.testing.assert_allclose(again.vectors, whole.vectors, atol=HALF)
+    assert (again.with_text, again.untrained, again.missing) == (whole.with_text, whole.untrained, whole.missing)
 
 
 def test_a_token_of_every_text_weighs_nothing(config: Config) -> None:
@@ -123,9 +151,9 @@ def test_a_token_of_every_text_weighs_nothing(config: Config) -> None:
     table = pa.table(
         {"input_ids": pa.array([[1, 5], [1, 6], [1, 7]], pa.list_(pa.int32())), "labels": pa.array([[0]] * 3, pa.list_(pa.int32()))}
     )
-    embedder = label_embeddings._tfidf_embedder(table, 8, 0)
+    embedder = tfidf_embedder(inverse_document_frequency(table, 8), 0)
     without = Ragged(np.array([5, 6, 7], np.int32), np.array([0, 1, 2, 3]))
-    np.testing.assert_array_equal(embedder(everywhere, lambda k: None), embedder(without, lambda k: None))
+    np.testing.assert_array_equal(embedder(everywhere), embedder(without))
 
 
 def test_labels_with_nothing_get_random_vectors(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +163,8 @@ def test_labels_with_nothing_get_random_vectors(config: Config, monkeypatch: pyt
     assert unseen
     monkeypatch.setattr(config.groups, "label_text", False)
     got = embed(config)
-    assert (got.missing, got.with_text) == (len(unseen), 0)
-    np.testing.assert_allclose(np.linalg.norm(got.vectors, axis=1), 1, atol=1e-6)
+    assert (got.missing, got.untrained, got.with_text) == (len(unseen), len(unseen), 0)
+    np.testing.assert_allclose(np.linalg.norm(got.vectors, axis=1), 1, atol=HALF)
     assert len(np.unique(got.vectors[unseen], axis=0)) == len(unseen)
     np.testing.assert_array_equal(got.vectors, embed(config).vectors)
     monkeypatch.setattr(config.run, "seed", 1)
@@ -148,6 +176,112 @@ def test_scratch_encoder_is_refused(config: Config, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(config.encoder, "name", "scratch")
     with pytest.raises(ConfigError, match=r"groups\.features=tfidf"):
         embed(config)
+
+
+def test_a_killed_embedding_goes_on(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.groups.features = "tfidf"
+    folder, manifest = Path(config.data.prepared), read_manifest(Path(config.data.prepared))
+    whole, real, calls = embed(config), label_embeddings._do, []
+
+    def second_dies(*args: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(label_embeddings, "_do", second_dies)
+    with pytest.raises(KeyboardInterrupt):
+        embed_labels(config, folder, manifest, torch.device("cpu"), tmp_path / "work")
+    again = embed_labels(config, folder, manifest, torch.device("cpu"), tmp_path / "work")
+    assert len(calls) == 2 + 2  # of two shards and the labels' own texts, one shard was kept
+    np.testing.assert_array_equal(again.vectors, whole.vectors.astype(np.float16))
+
+
+def test_workers_make_the_same_vectors(config: Config, ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.groups.features = "tfidf"
+    through_ray = embed(config)
+    monkeypatch.setattr(label_embeddings, "_Worker", None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    np.testing.assert_array_equal(through_ray.vectors, embed(config).vectors)
+
+
+@pytest.fixture
+def ray_here() -> Iterator[None]:
+    import ray
+
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**27, _node_ip_address="127.0.0.1", log_to_driver=False
+    )
+    yield
+    ray.shutdown()
+
+
+def test_another_encoder_reads_the_words_anew(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same model with its vocabulary in another order, and rows of its embedding moved alike, gives the same vectors."""
+    config.groups.features = "encoder"
+    expected = embed(config)
+    shuffled = np.random.default_rng(0).permutation(np.arange(2, WORDS + 2))
+    page = json.loads((Path(config.encoder.name) / "tokenizer.json").read_text())
+    vocabulary = page["model"]["vocab"]
+    page["model"]["vocab"] = {word: int(shuffled[i - 2]) if i >= 2 else i for word, i in vocabulary.items()}
+    shutil.copytree(config.encoder.name, tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(page))
+    model = BertModel.from_pretrained(config.encoder.name)
+    table = model.embeddings.word_embeddings.weight.data
+    table[torch.from_numpy(shuffled)] = table[2 : WORDS + 2].clone()
+    model.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(config.groups, "encoder", str(tmp_path / "other"))
+    np.testing.assert_allclose(embed(config).vectors, expected.vectors, atol=HALF)
+
+
+def test_a_trained_run_embeds(tmp_path: Path) -> None:
+    """Not the weights that a run began with, but those of its best checkpoint."""
+    config = make_prepared(tmp_path, labels=LABELS, texts=60, overrides=["train.max_steps=2", "groups.label_text=false", "encoder.lr=0.1"])
+    train(config, join_world("cpu"))
+    config.groups.features, config.groups.encoder = "encoder", config.run.folder
+    source = encoder_source(config)
+    assert source.weights is not None
+    assert source.weights.name == "step-00000002"
+    encoder = make_encoder(config, read_manifest(config.data.prepared))
+    encoder.load_state_dict(load_file(source.weights / "encoder.safetensors"), strict=False)
+
+    def embed_one(ids: list[int]) -> np.ndarray:
+        with torch.no_grad():
+            return encoder.eval()(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))[0].numpy()
+
+    got, expected = embed(config), by_definition(config, embed_one, [""] * LABELS)
+    known = expected.any(axis=1)
+    np.testing.assert_allclose(got.vectors[known], expected[known], atol=HALF)
+    (source.weights / "encoder.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"encoder\.safetensors: damaged"):
+        embed(config)
+
+
+def test_a_sentence_transformers_folder_says_how_it_pools(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(config.encoder.name, tmp_path / "st")
+    monkeypatch.setattr(config.groups, "encoder", str(tmp_path / "st"))
+    assert encoder_source(config).settings.pooling == "mean"
+    modules = [
+        {"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "p", "type": "sentence_transformers.models.Pooling"},
+    ]
+    (tmp_path / "st" / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "st" / "p").mkdir()
+
+    def pooling(**page: object) -> None:
+        (tmp_path / "st" / "p" / "config.json").write_text(json.dumps(page))
+
+    pooling(word_embedding_dimension=24, pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
+    assert encoder_source(config).settings.pooling == "cls"
+    pooling(pooling_mode="mean")
+    assert encoder_source(config).settings.pooling == "mean"
+    pooling(pooling_mode_cls_token=True, pooling_mode_mean_tokens=True)
+    with pytest.raises(ConfigError, match=r"needs cls_token, mean_tokens; known are mean and cls"):
+        encoder_source(config)
+    pooling(pooling_mode="mean")
+    (tmp_path / "st" / "modules.json").write_text(json.dumps([*modules, {"path": "2", "type": "sentence_transformers.models.Dense"}]))
+    with pytest.raises(ConfigError, match=r"needs Dense"):
+        encoder_source(config)
 
 
 @given(st.lists(st.lists(st.integers(0, 19), max_size=5, unique=True), min_size=1, max_size=30), st.integers(0, 100))

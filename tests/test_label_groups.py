@@ -1,25 +1,24 @@
 """Label order: a partition of the labels into rows and groups, pure in seed and data, that finds groups which are there."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_prepared
 
-from haste_dist import bisection
-from haste_dist.bisection import bisect, cohesion
+from haste_dist import label_embeddings, packing
 from haste_dist.config import Config
 from haste_dist.errors import DataError
 from haste_dist.label_groups import (
     GROUPS_FILE,
     LABELS_FILE,
     ORDER_SCHEMA,
+    WORK,
+    earlier_groups,
     head_size,
     label_order_is_current,
     load_label_order,
@@ -28,27 +27,12 @@ from haste_dist.label_groups import (
 )
 from haste_dist.manifest import read_arrow, read_manifest
 
+OVERRIDES = ["groups.method=semantic", "run.seed=3"]
+
 
 def unit_vectors(n: int, width: int = 12, seed: int = 0) -> np.ndarray:
     x = np.random.default_rng(seed).standard_normal((n, width)).astype(np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def planted(clusters: int, size: int, width: int = 24, noise: float = 0.15, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
-    """Shuffled unit vectors around ``clusters`` random centres, and the cluster of each."""
-    rng = np.random.default_rng(seed)
-    cluster = rng.permutation(np.repeat(np.arange(clusters), size))
-    centre = rng.standard_normal((clusters, width)).astype(np.float32)
-    x = torch.from_numpy(centre[cluster] + noise * rng.standard_normal((len(cluster), width)).astype(np.float32))
-    return torch.nn.functional.normalize(x), cluster
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,7 +45,7 @@ def threads(count: int) -> Iterator[None]:
 )
 def test_every_label_has_one_row(labels: int, group_size: int, head_fraction: float, method: str, seed: int) -> None:
     frequency = np.random.default_rng(seed).integers(0, 9, labels)
-    order, report = order_labels(
+    order, closeness = order_labels(
         frequency, lambda: unit_vectors(labels), head_fraction=head_fraction, group_size=group_size, method=method, seed=seed, iterations=2
     )
     head = order.head_rows
@@ -79,7 +63,7 @@ def test_every_label_has_one_row(labels: int, group_size: int, head_fraction: fl
     assert head - group_size < head_fraction * labels
     rank = list(zip(-frequency, range(labels), strict=True))
     assert sorted(rank[i] for i in order.label_of_row[:head]) == sorted(rank)[:head]  # the most frequent, ties by label id
-    assert (report["cohesion"] is not None) == (method == "semantic" and group_size > 1 and head < labels)
+    assert (closeness is not None) == (method == "semantic" and group_size > 1 and head < labels)
 
 
 def test_head_size_of_decimal_fractions() -> None:
@@ -98,90 +82,9 @@ def test_frequency_order_and_random_order() -> None:
     assert shuffled[0].fingerprint == shuffled[1].fingerprint != shuffled[2].fingerprint
 
 
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 400), group_size=st.sampled_from([16, 32, 64, 128]), seed=st.integers(0, 1000), iterations=st.integers(1, 4))
-def test_bisect_is_a_pure_permutation(n: int, group_size: int, seed: int, iterations: int) -> None:
-    x = torch.from_numpy(unit_vectors(n, seed=seed))
-    with threads(1):
-        order = bisect(x, group_size, iterations=iterations, seed=seed)
-    assert torch.equal(order.sort().values, torch.arange(n))
-    with threads(2):
-        assert torch.equal(order, bisect(x, group_size, iterations=iterations, seed=seed))
-
-
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_padding_goes_last_in_every_cut(iterations: int) -> None:
-    """Else the last group would not be the short one, and all groups behind it would be cut in the wrong places."""
-    x = torch.from_numpy(unit_vectors(64)).view(2, 32, 12)
-    padding = torch.zeros(2, 32, dtype=torch.bool)
-    padding[1, [0, 3, 9, 20, 31]] = True
-    x = x.masked_fill(padding[..., None], 0)
-    order = bisection._cut(x, padding, torch.rand(2, 32), x.double().sum(1), torch.zeros(2, 12), 16, iterations)
-    assert order[1, -5:].sort().values.tolist() == [0, 3, 9, 20, 31]
-    assert torch.equal(order.sort(dim=1).values, torch.arange(32).expand(2, 32))
-
-
-def test_order_is_the_same_for_any_threads_and_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.from_numpy(unit_vectors(9001, width=40))
-    with threads(1):
-        order = bisect(x, 16)
-    with threads(4):
-        assert torch.equal(order, bisect(x, 16))
-    monkeypatch.setattr(bisection, "BLOCK_BYTES", 2**16)
-    monkeypatch.setattr(bisection, "EXACT_ROWS", 100)
-    assert torch.equal(order, bisect(x, 16))
-    assert not torch.equal(order, bisect(x, 16, seed=1))
-
-
-def test_sums_do_not_round() -> None:
-    """What the independence of threads rests on: the largest sums and products that can occur are exact in float32."""
-    ones = torch.ones(1, bisection.EXACT_ROWS, 1)
-    grid = bisection._on_grid(torch.full((1, bisection.EXACT_ROWS, 1), 0.99951171875))
-    assert grid[0, 0, 0] == 2047 / 2048
-    assert bisection._exact_sum(ones[..., 0], grid).item() == bisection.EXACT_ROWS * 2047 / 2048
-    rows = 3 * bisection.EXACT_ROWS + 1  # times 2047 is odd and over 2^24: float32 cannot hold this one
-    assert bisection._exact_sum(torch.ones(1, rows), grid[:, :1].expand(1, rows, 1)).item() == rows * 2047 / 2048
-    x = bisection._on_grid(torch.from_numpy(unit_vectors(500, 768)))
-    exact = x.double() @ x.double().T
-    assert torch.equal((x @ x.T).double(), exact)
-
-
-@pytest.mark.parametrize(("clusters", "size", "group_size"), [(8, 16, 16), (16, 32, 16), (5, 32, 32), (4, 128, 64), (7, 48, 16)])
-def test_planted_clusters_are_found(clusters: int, size: int, group_size: int) -> None:
-    x, cluster = planted(clusters, size)
-    order = bisect(x, group_size)
-    groups = cluster[order.numpy()].reshape(-1, group_size)
-    assert (groups == groups[:, :1]).all(axis=1).mean() >= 0.6  # a cut into halves may have to go through a cluster
-    truth = cohesion(x, torch.from_numpy(cluster).argsort(stable=True), group_size)
-    chance = cohesion(x, torch.randperm(len(x), generator=torch.Generator().manual_seed(0)), group_size)
-    assert cohesion(x, order, group_size) > chance + 0.8 * (truth - chance)
-
-
-def test_neighbouring_groups_are_close() -> None:
-    """Points on a half circle: groups must come out as arcs, one beside the other, as one walk along it."""
-    angle = torch.linspace(0, torch.pi, 512)[torch.randperm(512, generator=torch.Generator().manual_seed(1))]
-    x = torch.stack([angle.cos(), angle.sin()], 1)
-    middle = angle[bisect(x, 16)].view(-1, 16).mean(1)
-    steps = middle.diff().abs()
-    assert steps.max() < 0.2
-    assert (middle.diff() > 0).all() or (middle.diff() < 0).all()
-
-
-def test_cohesion_is_the_mean_cosine_to_the_centroid(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.from_numpy(unit_vectors(40)).double()
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    cosines = []
-    for group in order.split(16):  # the last has 8
-        centre = torch.nn.functional.normalize(x[group].mean(0), dim=0)
-        cosines += (x[group] @ centre).tolist()
-    assert cohesion(x, order, 16) == pytest.approx(np.mean(cosines), rel=1e-9)
-    monkeypatch.setattr(bisection, "BLOCK_BYTES", 1)
-    assert cohesion(x, order, 16) == pytest.approx(np.mean(cosines), rel=1e-9)
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return make_prepared(tmp_path_factory.mktemp("groups"), labels=101, overrides=["groups.method=semantic", "run.seed=3"])
+    return make_prepared(tmp_path_factory.mktemp("groups"), labels=101, overrides=OVERRIDES)
 
 
 def test_files_round_trip(prepared: Config) -> None:
@@ -202,17 +105,62 @@ def test_files_round_trip(prepared: Config) -> None:
     assert label_order_is_current(prepared, folder, manifest)
 
 
+def test_groups_of_an_earlier_order_stay_together(prepared: Config, tmp_path: Path) -> None:
+    """Ten labels more, at the front, so that every id changes: whole groups stay, and the rest is a partition still."""
+    before = load_label_order(prepared.data.prepared)
+    start = earlier_groups(prepared.data.prepared, pa.chunked_array([[f"n{i}" for i in range(10)] + [f"l{i}" for i in range(101)]]))
+    assert start.shape == (6, 16)
+    assert np.array_equal(start[0], before.label_of_row[16:32] + 10)
+    frequency = np.concatenate([np.zeros(10, np.int64), before.frequency_of_row[before.row_of_label]])
+    order, _ = order_labels(frequency, lambda: unit_vectors(111), head_fraction=0.1, group_size=16, method="semantic", earlier=start)
+    assert np.array_equal(np.sort(order.label_of_row[order.label_of_row >= 0]), np.arange(111))
+    groups = {frozenset(group) for group in order.label_of_row[16:].reshape(-1, 16).tolist()}
+    assert {frozenset(group) for group in start.tolist() if min(group) >= 0} <= groups
+    assert (start[-1] < 0).any()  # the last group was padded, so it was no whole one
+
+
+def test_only_some_uids_are_still_there(prepared: Config) -> None:
+    start = earlier_groups(prepared.data.prepared, pa.chunked_array([["l100", "other"]]))
+    assert sorted(start[start >= 0].tolist()) == [0]
+    config = make_prepared(
+        Path(prepared.run.folder).parent / "more", labels=130, overrides=[*OVERRIDES, f"groups.start={prepared.data.prepared}"]
+    )
+    page = json.loads((Path(config.data.prepared) / GROUPS_FILE).read_text())
+    assert page["start"] == load_label_order(prepared.data.prepared).fingerprint
+
+
 def test_rerun_writes_the_same_bytes(prepared: Config) -> None:
     folder = Path(prepared.data.prepared)
     before = [(folder / name).read_bytes() for name in (LABELS_FILE, GROUPS_FILE)]
     page = make_label_order(prepared, folder, read_manifest(folder))
     assert set(page["seconds"]) == {"embedding", "grouping"}
     assert before == [(folder / name).read_bytes() for name in (LABELS_FILE, GROUPS_FILE)]
-    assert not [path for path in folder.iterdir() if path.suffix == ".part"]
+    assert not [path for path in folder.iterdir() if path.suffix == ".part" or path.name == WORK]
+
+
+def test_a_killed_grouping_goes_on(prepared: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is embedded and packed is not done again, and the files are the same in the end."""
+    folder = Path(prepared.data.prepared)
+    before = [(folder / name).read_bytes() for name in (LABELS_FILE, GROUPS_FILE)]
+
+    def killed(*args: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packing, "seriate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_label_order(prepared, folder, read_manifest(folder))
+    monkeypatch.undo()
+    monkeypatch.setattr(packing, "_pack_part", killed)
+    monkeypatch.setattr(label_embeddings, "_do", killed)
+    (folder / WORK / "of other settings").mkdir()
+    make_label_order(prepared, folder, read_manifest(folder))
+    assert before == [(folder / name).read_bytes() for name in (LABELS_FILE, GROUPS_FILE)]
+    assert not (folder / WORK).exists()
 
 
 @pytest.mark.parametrize(
-    "change", ["output.group_size=32", "output.head_fraction=0.3", "groups.method=random", "run.seed=4", "groups.iterations=2"]
+    "change",
+    ["output.group_size=32", "output.head_fraction=0.3", "groups.method=random", "run.seed=4", "groups.iterations=2", "groups.search=2048"],
 )
 def test_other_settings_make_the_order_stale(tmp_path: Path, change: str) -> None:
     config = make_prepared(tmp_path)

@@ -1,0 +1,165 @@
+"""Unit vectors into groups of exactly G: seeds take their nearest free neighbours, many seeds at a time.
+
+A group is a seed and the G - 1 nearest vectors that no group has yet. Searching for one seed after the other is bound by memory;
+here a round searches for up to SEEDS of them in one matrix product. A vector that several seeds want goes to the nearest of
+them, and a seed that is left with fewer than G waits. A set larger than ``search`` is first cut into halves of whole groups,
+so that work grows with n * search, not n * n; a cut costs closeness, for neighbours across it cannot meet.
+
+At last the groups are put in an order in which neighbouring ones are close, for the kernels: close groups come to read
+the same features. The result is the same for any number of threads and on any device: similarities are exact (see
+``bisection``), and equal ones go to the lower position. A finished part is kept on disk, so a killed run goes on from there.
+
+Letters: n vectors, D width, G group size, T groups, m of a part not packed yet, S seeds of a round, C candidates of a seed.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from haste_dist.bisection import BLOCK_BYTES, halve, matmul, seriate, take, unit
+from haste_dist.manifest import replacing
+
+SEEDS = 512  # most seeds of a round: its similarities take SEEDS * m * 4 bytes
+ROUNDS_LEFT = 8  # a round seeds at most one of this many groups that are left, so that seeds seldom want the same vectors
+BLOCK = 32  # similarities are searched by the maxima of this many at a time
+COMPACT = 0.75  # vectors that are still free are copied together once fewer than this share are
+TAKEN = 4.0  # is taken off the similarity of vectors that have a group: they come behind all others
+EXACT = 2.0**22  # similarities are multiples of its inverse
+
+
+def pack(
+    vectors_nD: Tensor,
+    rows: Tensor,
+    group_size: int,
+    *,
+    search: int = 2**20,
+    iterations: int = 8,
+    seed: int = 0,
+    device: torch.device | None = None,
+    kept: Tensor | None = None,
+    folder: Path | None = None,
+    done: Callable[[int], None] = lambda count: None,
+) -> Tensor:
+    """``rows`` (int64, distinct, of ``vectors_nD``) in another order, on the CPU; runs of G are the groups.
+
+    Vectors have length 1, are float16 or float32, and lie anywhere: in a mapped file, too. Only the last group can have fewer than G
+    rows. ``kept`` (K, G) int64: groups of other rows that stay as they are, and are put among the new ones. ``folder``: where finished
+    parts are kept, for these arguments alone; the caller removes it. ``done(k)`` is called as k more rows are packed. Computes on
+    ``device`` (default: where the vectors lie). Raises DataError where a finished part cannot be written.
+    """
+    device = device or vectors_nD.device
+    groups = [torch.zeros(0, group_size, dtype=torch.int64) if kept is None else kept]
+    last = rows[:0]
+    for number, part in enumerate(_parts(vectors_nD, rows.sort().values, group_size, search, iterations, seed, device)):
+        order = _finished(folder, number, part)
+        if order is None:
+            order = _pack_part(vectors_nD, part, group_size, seed + number, device)
+            _keep(folder, number, order)
+        whole = len(order) // group_size * group_size
+        groups.append(order[:whole].view(-1, group_size))
+        last = torch.cat([last, order[whole:]])  # of the last part alone: all others are whole groups
+        done(len(part))
+    groups_TG = torch.cat(groups)
+    by_closeness = seriate(_centroids(vectors_nD, groups_TG, device), iterations=iterations, seed=seed).cpu()
+    return torch.cat([groups_TG[by_closeness].flatten(), last])
+
+
+def _parts(
+    vectors_nD: Tensor, rows: Tensor, group_size: int, search: int, iterations: int, seed: int, device: torch.device
+) -> list[Tensor]:
+    """``rows`` (ascending) in halves of halves of whole groups, ``search`` rows or one group at most; the last may end in part of one."""
+    groups = -(-len(rows) // group_size)
+    if len(rows) <= search or groups < 2:
+        return [rows]
+    left, right = halve(vectors_nD, rows, -(-groups // 2) * group_size, iterations=iterations, seed=seed, device=device)
+    return [part for half in (left, right) for part in _parts(vectors_nD, half, group_size, search, iterations, seed, device)]
+
+
+def _pack_part(vectors_nD: Tensor, rows: Tensor, group_size: int, seed: int, device: torch.device) -> Tensor:
+    """``rows`` in another order: runs of G are groups, what is left over comes last."""
+    position_m = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]  # seeds are tried in this order
+    x_mD = take(vectors_nD, position_m, device)
+    position_m = position_m.to(device)
+    free_m = torch.ones(len(rows), dtype=torch.bool, device=device)
+    left, found = len(rows), []
+    while left >= group_size:
+        if left < COMPACT * len(free_m):
+            x_mD, position_m, free_m = x_mD[free_m], position_m[free_m], free_m[free_m]
+        count = max(1, min(SEEDS, left // group_size // ROUNDS_LEFT))
+        seeds_S = free_m.nonzero()[:count, 0]
+        similar_Sm = matmul(x_mD[seeds_S][None], x_mD.T[None])[0].add_(free_m.float().sub_(1), alpha=TAKEN)
+        groups_KG = _choose(similar_Sm, min(2 * group_size, left), group_size)
+        found.append(position_m[groups_KG].cpu())
+        free_m[groups_KG.flatten()] = False
+        left -= groups_KG.numel()
+    return torch.cat([*(groups.flatten() for groups in found), position_m[free_m].cpu()])
+
+
+def _choose(similar_Sm: Tensor, candidates: int, group_size: int) -> Tensor:
+    """(K, G) columns, 1 <= K <= S: the groups of those seeds that win G of their candidates, each column by the seed nearest to it."""
+    seeds, m = similar_Sm.shape
+    column_SC = nearest(similar_Sm, candidates)
+    seed_S1 = torch.arange(seeds, device=similar_Sm.device)[:, None]
+    claim_SC = _keys(similar_Sm.gather(1, column_SC), seed_S1)
+    strongest_m = torch.full((m,), torch.iinfo(torch.int64).min, device=similar_Sm.device)
+    strongest_m.scatter_reduce_(0, column_SC.flatten(), claim_SC.flatten(), "amax")
+    won_SC = claim_SC == strongest_m[column_SC]
+    won_SC &= won_SC.cumsum(1) <= group_size
+    complete_S = won_SC.sum(1) == group_size
+    if not bool(complete_S.any()):  # the first seed goes ahead, so that each round ends with a group more
+        return column_SC[:1, :group_size]
+    return column_SC[complete_S][won_SC[complete_S]].view(-1, group_size)
+
+
+def nearest(similar_Sm: Tensor, count: int) -> Tensor:
+    """(S, count) columns of the largest similarities, largest first, of equal ones the lower column; exact.
+
+    They lie in the ``count`` blocks of the largest maxima, of equal ones the lower block; only those are looked at.
+    """
+    seeds, m = similar_Sm.shape
+    blocks = m // BLOCK
+    column_m = torch.arange(m, device=similar_Sm.device)
+    if blocks <= 2 * count:
+        return _keys(similar_Sm, column_m).topk(count, dim=1).indices
+    best_Sb = similar_Sm[:, : BLOCK * blocks].view(seeds, blocks, BLOCK).amax(2)
+    block_SC = _keys(best_Sb, column_m[:blocks]).topk(count, dim=1).indices
+    column_SC = (block_SC[:, :, None] * BLOCK + column_m[:BLOCK]).view(seeds, -1)
+    column_SC = torch.cat([column_SC, column_m[BLOCK * blocks :].expand(seeds, -1)], 1)
+    return column_SC.gather(1, _keys(similar_Sm.gather(1, column_SC), column_SC).topk(count, dim=1).indices)
+
+
+def _keys(similar: Tensor, position: Tensor) -> Tensor:
+    """int64 that order similarities and, of equal ones, put the lower position first."""
+    return ((similar * EXACT).long() << 32) - position
+
+
+def _centroids(vectors_nD: Tensor, groups_TG: Tensor, device: torch.device) -> Tensor:
+    """(T, D) of length 1; float16 on a GPU."""
+    groups, group_size = groups_TG.shape
+    width = vectors_nD.shape[1]
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    made_TD = torch.empty(groups, width, dtype=dtype, device=device)
+    at_a_time = max(1, BLOCK_BYTES // (4 * group_size * width))
+    for begin in range(0, groups, at_a_time):
+        part = groups_TG[begin : begin + at_a_time]
+        x_TGD = take(vectors_nD, part.flatten(), device).view(-1, group_size, width)
+        made_TD[begin : begin + len(part)] = unit(x_TGD.sum(1, dtype=torch.float32))
+    return made_TD
+
+
+def _finished(folder: Path | None, number: int, rows: Tensor) -> Tensor | None:
+    """The order of a part as an earlier run kept it, if it did."""
+    path = folder / f"part-{number:05d}.npy" if folder else None
+    if path is None or not path.is_file():
+        return None
+    order = torch.from_numpy(np.load(path))
+    return order if torch.equal(order.sort().values, rows) else None
+
+
+def _keep(folder: Path | None, number: int, order: Tensor) -> None:
+    if folder:
+        with replacing(folder / f"part-{number:05d}.npy") as file:
+            np.save(file, order.numpy())
