@@ -201,7 +201,10 @@ class LaunchConfig:
     device: str = setting("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
     address: str = setting("", "Ray cluster to join; empty: RAY_ADDRESS, else one on this machine")
     threads: int = setting(0, "CPU threads a rank (0: the machine's cores shared out)", low=0)
-    retries: int = setting(0, "restarts of the ranks after a failure, from the newest checkpoint", low=0)
+    retries: int = setting(3, "restarts in a row, from the newest checkpoint, after failures that left no new one between them", low=0)
+    timeout: int = setting(600, "seconds after which a rank that does not answer counts as lost", low=1)
+    elastic: bool = setting(False, "after a failure, go on with the GPUs (or CPUs) that are left")
+    wait: float = setting(60.0, "seconds to wait after a failure for lost ranks to come back", low=0.0)
 
 
 @dataclass

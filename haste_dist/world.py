@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -30,19 +31,23 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def join_world(device: str | torch.device = "auto") -> World:
-    """Joins the process group that the launcher prepared (or makes one of a single rank) on the device given or chosen."""
+def join_world(device: str | torch.device = "auto", timeout: float = 600.0) -> World:
+    """Joins the process group that the launcher prepared (or makes one of a single rank) on the device given or chosen.
+
+    A collective that takes longer than ``timeout`` seconds fails: a peer is lost.
+    """
+    limit = timedelta(seconds=timeout)
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0"))) if isinstance(device, str) else device
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=limit)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, even for one rank
-    return World(dist.get_rank(), dist.get_world_size(), chosen, dist.new_group(backend="gloo"))
+    return World(dist.get_rank(), dist.get_world_size(), chosen, dist.new_group(backend="gloo", timeout=limit))
 
 
 def leave_world() -> None:

@@ -82,6 +82,12 @@ class Progress:
         values = "  ".join(f"{name} {100 * event[name]:.2f}" for name in ("P@1", "P@3", "P@5", "PSP@1", "PSP@5") if name in event)
         self._say(f"epoch {event['epoch']:.2f}  {event['split']}: {values}  ({event['seconds']:.1f} s)")
 
+    def _on_failure(self, event: dict[str, Any]) -> None:
+        again = f"going on from step {event['step']:,}" if event["step"] else "starting over"
+        lost = f", {event['lost_steps']:,} steps lost" if event["lost_steps"] else ""
+        self._bars.update(self._bar, description="starting ranks again")
+        self._say(f"ranks failed ({event['reason']}); {again}{lost}; {event['left']} restarts left without a new checkpoint")
+
     def _on_end(self, event: dict[str, Any]) -> None:
         self._bars.update(self._bar, completed=event["step"])
         self._say(
@@ -89,4 +95,4 @@ class Progress:
         )
 
     def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from haste_dist.config import Config, check
-from haste_dist.errors import ConfigError, HasteError, Interrupted
+from haste_dist.errors import ConfigError, Interrupted
 from haste_dist.storage import whole_address
+from haste_launch.attempts import until_done, user_error
 from haste_launch.progress import Progress
 from haste_launch.ray_session import ray_session
 
@@ -58,49 +59,77 @@ def evaluate(config: Config, checkpoint: str, predictions: str | None = None) ->
 def run_ranks(config: Config, task: str, arguments: dict[str, Any]) -> int:
     """Runs ``task`` on every rank of the connected cluster, and returns the signal that asked it to stop (0: none).
 
-    Raises the HasteError of a rank, or Ray's error with the rank's traceback where it is no user's mistake.
+    Training starts again after a failure (see attempts.py). Raises the HasteError of a rank, or Ray's error with the rank's
+    traceback where it is no user's mistake.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     ranks, on_gpu = count_ranks(config, ray.cluster_resources())
     run = Path(config.run.folder)
     run.mkdir(parents=True, exist_ok=True)
     stop = run / STOP_FILE
     stop.unlink(missing_ok=True)
-    cpus = ray.cluster_resources().get("CPU", 1)
-    threads = config.launch.threads or max(1, int(cpus / len(ray.nodes())) // max(1, ranks // len(ray.nodes())))
-    payload = {"config": dataclasses.asdict(config), "task": task, "threads": threads, "on_gpu": on_gpu, **arguments}
+    with stop_signals(stop) as asked, Progress(run, task) as progress:
+
+        def start(count: int) -> BaseException | None:
+            return fit(config, count, on_gpu, {"task": task, **arguments}, progress.update)
+
+        def pause(seconds: float) -> bool:
+            progress.update()
+            time.sleep(seconds)
+            return bool(asked)
+
+        def available() -> int:
+            return room_for(config, ranks, on_gpu, ray.cluster_resources())
+
+        try:
+            if task == "train":
+                until_done(config, ranks, start, available, pause)
+            elif (error := start(ranks)) is not None:
+                raise user_error(error) or error
+        finally:
+            stop.unlink(missing_ok=True)
+    return asked[0] if asked else 0
+
+
+def fit(config: Config, ranks: int, on_gpu: bool, payload: dict[str, Any], tick: Callable[[], None]) -> BaseException | None:
+    """Runs ``rank_main`` on ``ranks`` ranks, calls ``tick`` while they run, and returns the error that ended them, if one did."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cpus, nodes = ray.cluster_resources().get("CPU", 1), max(1, sum(node["Alive"] for node in ray.nodes()))
+    threads = config.launch.threads or max(1, int(cpus / nodes) // max(1, ranks // nodes))
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.launch.timeout)  # a hung rank answers Ray no more than its peers
     trainer = TorchTrainer(
         rank_main,
-        train_loop_config=payload,
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        train_loop_config={"config": dataclasses.asdict(config), "threads": threads, "on_gpu": on_gpu, **payload},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=config.launch.timeout),
         scaling_config=ScalingConfig(
             num_workers=ranks, use_gpu=on_gpu, resources_per_worker={"GPU": 1} if on_gpu else {"CPU": min(1.0, cpus / ranks)}
         ),
-        run_config=RunConfig(name=".ray", storage_path=str(run), failure_config=FailureConfig(max_failures=config.launch.retries)),
+        run_config=RunConfig(
+            name=".ray",
+            storage_path=config.run.folder,
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),  # type: ignore[call-arg]
+        ),
     )
     outcome: list[BaseException] = []
 
-    def fit() -> None:
+    def run() -> None:
         try:
             trainer.fit()
         except BaseException as error:  # handed to the main thread
             outcome.append(error)
 
     # In a thread of its own Ray leaves the signals of the main thread to us.
-    thread = threading.Thread(target=fit, name="ranks", daemon=True)
-    with stop_signals(stop) as asked, Progress(run, task) as progress:
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            progress.update()
-    stop.unlink(missing_ok=True)
-    if outcome:
-        raise user_error(outcome[0]) or outcome[0]
-    return asked[0] if asked else 0
+    thread = threading.Thread(target=run, name="ranks", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        tick()
+    return outcome[0] if outcome else None
 
 
 def rank_main(payload: dict[str, Any]) -> None:
@@ -112,7 +141,7 @@ def rank_main(payload: dict[str, Any]) -> None:
 
     torch.set_num_threads(payload["threads"])
     config = config_from_dict(payload["config"])
-    world = join_world(ray.train.torch.get_device() if payload["on_gpu"] else torch.device("cpu"))
+    world = join_world(ray.train.torch.get_device() if payload["on_gpu"] else torch.device("cpu"), config.launch.timeout)
     if payload["task"] == "train":
         from haste_dist.train import train as train_rank
 
@@ -137,13 +166,11 @@ def count_ranks(config: Config, resources: dict[str, float]) -> tuple[int, bool]
     return ranks, on_gpu
 
 
-def user_error(error: BaseException) -> HasteError | None:
-    """The HasteError that a rank raised, out of Ray's wrapping; None if the failure is no user's mistake."""
-    for one in getattr(error, "worker_failures", {}).values():
-        inner = getattr(one, "_base_exc", one)
-        if isinstance(inner, HasteError):
-            return inner
-    return None
+def room_for(config: Config, wanted: int, on_gpu: bool, resources: dict[str, float]) -> int:
+    """How many ranks a cluster with ``resources`` can hold now. Ranks may share a CPU, unless fewer of them are allowed."""
+    if on_gpu:
+        return int(resources.get("GPU", 0))
+    return int(resources.get("CPU", 0)) if config.launch.elastic else wanted
 
 
 def stop_reader(path: Path) -> Callable[[], bool]:

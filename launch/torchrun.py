@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         from haste_dist.world import join_world, leave_world
         from haste_launch.progress import Progress
 
-        world = join_world(config.launch.device)
+        world = join_world(config.launch.device, config.launch.timeout)
         watching, done = None, threading.Event()
         if world.is_first:
             watching = threading.Thread(target=_show, args=(Progress(Path(config.run.folder), "train"), done), daemon=True)

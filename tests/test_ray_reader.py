@@ -28,7 +28,7 @@ def batches_of(config: Config, ranks: int, rank: int) -> RayBatches:
     folder = Path(config.data.prepared)
     manifest = read_manifest(folder)
     texts = open_texts(folder, manifest, "train", config.data.dev_fraction, config.run.seed)
-    made = training_batches(config, BatchMaker(texts, np.arange(manifest.labels), 5, 0, ranks, rank), folder)
+    made = training_batches(config, BatchMaker(texts, np.arange(manifest.labels), 5, 0, ranks, rank), config.train.batch_size, folder)
     assert isinstance(made, RayBatches)
     return made
 

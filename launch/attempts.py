@@ -1,0 +1,118 @@
+"""Ranks that start again after a failure: from the newest checkpoint, on what is left of the cluster, a bounded number of times.
+
+A failure is a rank that died, hung until its peers' collectives timed out, or lost its node. What would only happen again is
+none: a user's mistake (HasteError) or a bug. ``launch.retries`` bounds the restarts in a row that bring no new checkpoint, so
+a long run outlives any number of failures as long as it gets on between them.
+
+Ray Train can restart ranks itself, but it would also repeat mistakes, and its elastic mode stops healthy ranks to resize them.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from haste_dist import checkpoint
+from haste_dist.config import Config
+from haste_dist.errors import HasteError
+from haste_dist.runlog import FILE, RunLog, read_events
+from haste_dist.train import CHECKPOINTS
+
+COUNT_SECONDS = 1.0  # between two looks at a cluster that lacks ranks
+
+
+def until_done(
+    config: Config,
+    ranks: int,
+    start: Callable[[int], BaseException | None],
+    available: Callable[[], int],
+    pause: Callable[[float], bool],
+) -> None:
+    """Starts ``ranks`` ranks until they are done, and again after failures; raises the error that ends the run.
+
+    ``start(ranks)`` runs them and returns what ended them, None if they are done; ``available()`` is how many ranks the cluster can
+    hold now; ``pause(seconds)`` sleeps and tells whether somebody has asked to stop.
+    """
+    run, wanted = Path(config.run.folder), ranks
+    left, reached = config.launch.retries, newest_step(run)
+    while (error := start(ranks)) is not None:
+        if not may_pass(error):
+            raise user_error(error) or error
+        step = newest_step(run)
+        left = config.launch.retries - 1 if step > reached else left - 1
+        reached = max(step, reached)
+        if left < 0:
+            raise error
+        _note(run, error, step, left)
+        ranks = wait_for_ranks(config, wanted, available, pause)
+        if not ranks:
+            return
+
+
+def wait_for_ranks(
+    config: Config,
+    wanted: int,
+    available: Callable[[], int],
+    pause: Callable[[float], bool],
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """How many ranks to start after a failure: ``wanted`` as soon as the cluster has room for them, or after ``launch.wait`` seconds what
+    it has, if ``launch.elastic`` allows fewer. 0 if somebody asked to stop. Raises HasteError where there is too little room."""
+    end = clock() + config.launch.wait
+    while (have := available()) < wanted:
+        if clock() >= end:
+            if config.launch.elastic and have:
+                return have
+            raise HasteError(
+                f"the run lost ranks and cannot go on: the cluster has room for {have} of {wanted}, after {config.launch.wait:g} s; "
+                "the same command resumes it once they are back, launch.elastic=true with fewer"
+            )
+        if pause(COUNT_SECONDS):
+            return 0
+    return wanted
+
+
+def user_error(error: BaseException) -> HasteError | None:
+    """The HasteError that a rank raised, out of Ray's wrapping; None if the failure is no user's mistake."""
+    return next((one for one in _causes(error) if isinstance(one, HasteError)), None)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether it makes sense to start again: a rank was lost, or all that is said is what ranks say whose peers were lost."""
+    from ray.exceptions import RayError
+    from ray.train.v2._internal.exceptions import RayTrainError
+
+    causes = _causes(error)
+    if any(isinstance(one, HasteError) for one in causes):
+        return False
+    lost = (RayError, RayTrainError)
+    return any(isinstance(one, lost) for one in causes) or all(isinstance(one, RuntimeError | OSError) for one in causes)
+
+
+def newest_step(run: Path) -> int:
+    """Steps of the newest complete checkpoint, 0 without one."""
+    found = checkpoint.newest(run / CHECKPOINTS)
+    return int(found.name.removeprefix("step-")) if found else 0
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What the ranks raised, or Ray's controller, or the error itself."""
+    inner = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
+    return [getattr(one, "_base_exc", one) for one in inner]
+
+
+def _note(run: Path, error: BaseException, step: int, left: int) -> None:
+    """Writes into the run's log what happened and what was lost: the steps since the checkpoint, as far as they were logged."""
+    logged = [event["step"] for event in read_events(run) if event["event"] == "step"] if (run / FILE).exists() else []
+    lost = max(0, max(logged, default=0) - step)
+    with RunLog(run, tensorboard=False) as log:
+        log.event("failure", step=step, lost_steps=lost, left=left, reason=reason_of(error))
+
+
+def reason_of(error: BaseException) -> str:
+    """In a few words; a rank that died says more than its peers, who only miss it."""
+    from ray.exceptions import RayError
+
+    died = [rank for rank, one in getattr(error, "worker_failures", {}).items() if isinstance(getattr(one, "_base_exc", one), RayError)]
+    if died:
+        return f"rank {', '.join(map(str, sorted(died)))} died"
+    return (str(_causes(error)[0]).strip() or type(error).__name__).splitlines()[0][:160]

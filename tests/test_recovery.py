@@ -1,0 +1,209 @@
+"""Runs that survive: a killed rank, a hung rank and a lost node cost steps since the last checkpoint, nothing else."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_launch import SECONDS, alive_with, wait_for
+from tiny import free_port, make_prepared, read_losses
+
+from haste_dist.config import Config, save_config
+from haste_dist.errors import HasteError
+from haste_dist.runlog import read_events
+from haste_dist.train import train
+from haste_dist.world import join_world
+from haste_launch.attempts import may_pass, until_done, wait_for_ranks
+
+
+def ranks_with(mark: str) -> list[int]:
+    """Process ids of Ray Train's workers."""
+    return [pid for pid in alive_with(mark) if b"RayTrainWorker" in command_of(pid)]
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has just ended
+        return b""
+
+
+@pytest.mark.slow
+def test_a_killed_and_a_hung_rank_change_nothing_but_the_time(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path, overrides=["launch.ranks=2", "train.epochs=20", "train.evaluate_every=0", "train.checkpoint_every=10"])
+    config.launch.timeout = 8
+    save_config(config, tmp_path / "c.yaml")
+    mark, run = f"mark-{uuid.uuid4()}", Path(config.run.folder)
+    words = [sys.executable, "-m", "haste_launch.cli", "train", str(tmp_path / "c.yaml")]
+    process = subprocess.Popen(words, env={**os.environ, "HASTE_TEST_MARK": mark}, stderr=subprocess.PIPE, text=True)
+    try:
+        for failures, (number, after) in enumerate(((signal.SIGKILL, 12), (signal.SIGSTOP, 60))):
+            wait_for(lambda after=after: (run / "metrics.jsonl").exists() and step_of(run) > after)
+            os.kill(ranks_with(mark)[1], number)
+            wait_for(lambda failures=failures: [e["event"] for e in read_events(run)].count("failure") > failures)
+        _, said = process.communicate(timeout=SECONDS)
+        assert process.returncode == 0, said
+        assert said.count("going on from step ") == 2
+        config.run.folder += "-whole"
+        train(config, join_world("cpu"))
+        np.testing.assert_allclose(read_losses(run), read_losses(config.run.folder), rtol=1e-5)
+        wait_for(lambda: not alive_with(mark), 30)
+    finally:
+        kill_all(mark)
+
+
+@pytest.mark.slow
+def test_a_lost_node_leaves_a_run_that_goes_on_with_fewer_ranks(tmp_path: Path, short: Path) -> None:
+    """A cluster of two nodes of one CPU each on this machine; the second, which holds a rank, is killed whole."""
+    config = make_prepared(tmp_path, overrides=["launch.ranks=2", "train.epochs=20", "train.evaluate_every=0", "train.checkpoint_every=10"])
+    config.launch.elastic, config.launch.wait, config.launch.timeout = True, 1.0, 10
+    save_config(config, tmp_path / "c.yaml")
+    run, port = Path(config.run.folder), free_port()
+    marks = [f"mark-{uuid.uuid4()}" for _ in range(2)]
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    environment |= {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
+    try:
+        start_node(["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}"], marks[0], environment)
+        wait_for(lambda: answers(port))
+        start_node([f"--address=127.0.0.1:{port}"], marks[1], environment)
+        wait_for(lambda: any(b"RuntimeEnvAgent" in command_of(pid) for pid in alive_with(marks[1])))  # the node has joined
+        words = [sys.executable, "-m", "haste_launch.cli", "train", str(tmp_path / "c.yaml"), f"launch.address=127.0.0.1:{port}"]
+        process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: (run / "metrics.jsonl").exists() and step_of(run) > 12)
+        assert len(ranks_with(marks[1])) == 1
+        kill_all(marks[1])
+        _, said = process.communicate(timeout=SECONDS)
+    finally:
+        for mark in marks:
+            kill_all(mark)
+    assert process.returncode == 0, said
+    assert [e["ranks"] for e in read_events(run) if e["event"] == "start"] == [2, 1]
+    assert "going on from step 10" in said or "going on from step 20" in said
+    losses = read_losses(run)
+    assert len(losses) == 20 * 12
+    assert losses[-1] < losses[0]
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder for Ray's sockets, whose paths may have 107 characters."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="h") as folder:
+        yield Path(folder)
+
+
+def start_node(words: list[str], mark: str, environment: dict[str, str]) -> None:
+    """A Ray node of one CPU."""
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1"]
+    ports = ["--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0", "--disable-usage-stats", f"--object-store-memory={2**27}"]
+    subprocess.Popen(
+        [*ray, *ports, *words], env={**environment, "HASTE_TEST_MARK": mark}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def kill_all(mark: str) -> None:
+    """SIGKILL to whatever was started with HASTE_TEST_MARK=mark."""
+    while left := alive_with(mark):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def step_of(run: Path) -> int:
+    return max((e["step"] for e in read_events(run) if e["event"] == "step"), default=0)
+
+
+class Lost(Exception):
+    """Shaped like Ray's error."""
+
+    def __init__(self, *failures: BaseException):
+        super().__init__("ranks failed")
+        self.worker_failures = dict(enumerate(failures))
+
+
+def make_checkpoint(run: Path, step: int) -> None:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+
+
+def test_what_may_pass() -> None:
+    from ray.exceptions import RayActorError
+
+    peer = RuntimeError("connection closed by peer")
+    assert may_pass(Lost(peer, peer))
+    assert may_pass(Lost(RayActorError()))
+    assert may_pass(Lost(RayActorError(), KeyError("a peer's bug does not hide that a rank died")))
+    assert not may_pass(Lost(KeyError("a bug")))
+    assert not may_pass(Lost(peer, HasteError("a mistake")))
+    assert not may_pass(KeyError("a bug of the driver"))
+
+
+def test_restarts_are_bounded_by_those_without_progress(tmp_path: Path) -> None:
+    config = Config()
+    config.run.folder, config.launch.retries = str(tmp_path), 2
+    started: list[int] = []
+
+    def start(ranks: int) -> BaseException:
+        started.append(ranks)
+        if len(started) == 2:
+            make_checkpoint(tmp_path, 10)
+        return Lost(RuntimeError("a peer is gone"))
+
+    with pytest.raises(Lost):
+        until_done(config, 2, start, lambda: 2, lambda _: False)
+    assert len(started) == 4
+    failures = [e for e in read_events(tmp_path) if e["event"] == "failure"]
+    assert [(e["step"], e["left"]) for e in failures] == [(0, 1), (10, 1), (10, 0)]
+    assert failures[0]["reason"] == "a peer is gone"
+
+
+def test_a_mistake_is_told_at_once(tmp_path: Path) -> None:
+    config = Config()
+    config.run.folder = str(tmp_path)
+    with pytest.raises(HasteError, match="a mistake"):
+        until_done(config, 2, lambda _: Lost(HasteError("a mistake")), lambda: 2, lambda _: False)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("elastic", "room", "expected"),
+    [
+        (False, [1, 1, 2], 2),
+        (True, [1, 1, 2], 2),
+        (True, [1] * 99, 1),
+        (False, [1] * 99, None),
+        (True, [0] * 99, None),
+    ],
+)
+def test_lost_ranks_are_waited_for(elastic: bool, room: list[int], expected: int | None) -> None:
+    config, now, left = Config(), SimpleNamespace(t=0.0), iter(room)
+    config.launch.elastic, config.launch.wait = elastic, 10.0
+
+    def pause(seconds: float) -> bool:
+        now.t += seconds
+        return False
+
+    if expected is None:
+        with pytest.raises(HasteError, match=r"room for \d of 2, after 10 s"):
+            wait_for_ranks(config, 2, lambda: next(left), pause, lambda: now.t)
+        assert now.t == 10
+    else:
+        assert wait_for_ranks(config, 2, lambda: next(left), pause, lambda: now.t) == expected
+
+
+def test_a_wish_to_stop_ends_the_waiting() -> None:
+    assert wait_for_ranks(Config(), 2, lambda: 1, lambda _: True) == 0
