@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from haste_dist.meters import stage
 from haste_dist.world import World
 
 # torch 2.13 renamed these two; the old names still work on older versions.
@@ -14,6 +15,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+@stage("gather")
 def gather_rows(part_B: Tensor, rows: int, world: World) -> Tensor:
     """(B, ...) of each rank to (n, ...) on every rank, in rank order; the padding behind row n is cut off."""
     if world.size == 1:
@@ -23,6 +25,7 @@ def gather_rows(part_B: Tensor, rows: int, world: World) -> Tensor:
     return full[:rows]
 
 
+@stage("scatter")
 def scatter_rows(full_ND: Tensor, padded: int, world: World) -> Tensor:
     """The adjoint of ``gather_rows``: (n, D) partial sums to the (B, D) rows of this rank, summed over ranks; padding gets 0."""
     missing = world.size * padded - full_ND.shape[0]

@@ -175,6 +175,7 @@ class LaunchConfig:
     address: str = setting("", "Ray cluster to join; empty: RAY_ADDRESS, else one on this machine")
     threads: int = setting(0, "CPU threads a rank (0: the machine's cores shared out)", low=0)
     retries: int = setting(0, "restarts of the ranks after a failure, from the newest checkpoint", low=0)
+    check_memory: bool = setting(True, "refuse a run whose planned memory is more than a GPU has (haste plan)")
 
 
 @dataclass

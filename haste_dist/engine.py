@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from haste_dist.config import EncoderConfig
 from haste_dist.encoder import Encoder
 from haste_dist.errors import CheckpointError
+from haste_dist.meters import stage
 from haste_dist.world import World
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -39,6 +40,7 @@ class EncoderEngine:
         else:
             self._engine = _deepspeed_engine(encoder, config, self.dtype, rows, accumulation)
 
+    @stage("forward")
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, S) tokens to (B, D) embeddings, with a graph for ``backward`` unless the encoder is frozen."""
         if self._engine is None:
@@ -53,12 +55,14 @@ class EncoderEngine:
         self.module.eval()
         return self.module(input_ids, attention_mask)
 
+    @stage("backward")
     def backward(self, x_BD: Tensor, dx_BD: Tensor) -> None:
         """Adds the gradient of the mean over this update's micro-batches; ``dx_BD`` is this rank's part of one global batch."""
         if self._engine is not None:
             # DeepSpeed averages over ranks where the gradient of a batch is the sum of its parts.
             self._engine.backward((x_BD.float() * (dx_BD * self.world.size)).sum())
 
+    @stage("optimizer")
     def step(self, lr: float) -> bool:
         """Updates the weights, if this micro-batch ends an accumulation. False if the gradient was not finite: the weights are lost."""
         if self._engine is None:

@@ -100,6 +100,25 @@ def datasets(args: Namespace) -> int:
     return 0
 
 
+def plan(args: Namespace) -> int:
+    settings = load_config(args.config, args.overrides)
+    from haste_launch.plan import Words
+    from haste_launch.plan import plan as print_plan
+
+    names = ("gpus", "gpu", "memory", "labels", "texts", "most_labels", "model")
+    return print_plan(settings, Words(**{name: getattr(args, name) for name in names}))
+
+
+def scale(args: Namespace) -> int:
+    from haste_launch.scale_settings import read_words
+
+    words = read_words(args)  # wrong words fail here, before torch loads
+    settings = load_config(args.config, args.overrides)
+    from haste_launch.scale import scale as scale_ranks
+
+    return scale_ranks(settings, words)
+
+
 def bench(args: Namespace) -> int:
     from haste_launch.bench_settings import read_words
 

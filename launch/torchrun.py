@@ -8,7 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
-from haste_dist.config import load_config
+from haste_dist.config import Config, load_config
 from haste_dist.errors import HasteError
 
 
@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
         from haste_launch.progress import Progress
 
         world = join_world(config.launch.device)
+        if config.launch.check_memory and world.device.type == "cuda":
+            _check_memory(config, world)
         watching, done = None, threading.Event()
         if world.is_first:
             watching = threading.Thread(target=_show, args=(Progress(Path(config.run.folder), "train"), done), daemon=True)
@@ -40,6 +42,16 @@ def main(argv: list[str]) -> int:
         print(f"haste: error: {error}", file=sys.stderr, flush=True)
         return 2
     return 130 if signal.SIGINT in received else 0
+
+
+def _check_memory(config: Config, world: "World") -> None:  # type: ignore[name-defined]  # noqa: F821
+    import torch
+
+    from haste_dist.fits import check_fits, facts_of
+    from haste_dist.model import open_prepared
+
+    gib = torch.cuda.get_device_properties(world.device).total_memory / 2**30
+    check_fits(config, facts_of(open_prepared(config).manifest, world.size, "cuda"), gib, torch.cuda.get_device_name(world.device))
 
 
 def _show(progress: "Progress", done: threading.Event) -> None:  # type: ignore[name-defined]  # noqa: F821
