@@ -20,8 +20,9 @@ from haste_dist.errors import CheckpointError, HasteError
 from haste_dist.evaluate import evaluate_texts
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE
 from haste_dist.loader import BatchMaker, TrainingBatches, open_texts
-from haste_dist.meters import StepTimer, peak_memory, tail_traffic
+from haste_dist.meters import StepTimer, peak_memory, stage, tail_traffic
 from haste_dist.model import Prepared, check_features, make_classifier, make_encoder, open_prepared, prior_bias, save_encoder_folder
+from haste_dist.profiling import StepProfile
 from haste_dist.rewire import keeps_batch, rewire
 from haste_dist.runlog import RunLog
 from haste_dist.schedule import due, rewire_fraction, warmup_cosine
@@ -122,6 +123,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
         output_bytes=classifier.bytes(),
     )
     vote, timer = StopVote(world), StepTimer(config.train.batch_size, world, encoder, tail_traffic(classifier.tail))
+    profile = StepProfile(config.train.profile, run, world, log)
     source = batches.from_step(state.step)
     resumed_at, reason = state.step, ""
 
@@ -163,7 +165,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
                 break
 
             timer.waiting()
-            batch = next(source)
+            batch = stage("data")(next)(source)
             factor = warmup_cosine(step, plan.total, config.train.warmup)
             state.step = step + 1
             logged = state.step == resumed_at + 1 or due(state.step, config.train.log_every)
@@ -185,6 +187,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
                 done = rewire(classifier, config.rewire, fraction, state.step, world)
                 log.event("rewire", step=state.step, replaced=done.replaced, connections=done.connections, fraction=fraction)
             timer.stepped()
+            profile.stepped(state.step)
             if logged and loss is not None:
                 value = loss.item()  # the one wait for the device
                 if not math.isfinite(value):

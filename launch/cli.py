@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=_sentence(summary))
         command.add_argument("config", metavar="CONFIG", help=CONFIG)
         command.add_argument("overrides", metavar="a.b=c", nargs="*", help=OVERRIDES)
+        if name == "train":
+            command.add_argument("--profile", action="store_true", help="trace a few steps and say where they went (train.profile=8)")
 
     evaluate = commands.add_parser("evaluate", help="score a trained run", description="Score a trained run and print its metrics.")
     _add_run(evaluate)

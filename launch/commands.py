@@ -37,10 +37,15 @@ def prepare(args: Namespace) -> int:
 
 
 def train(args: Namespace) -> int:
-    settings = load_config(args.config, args.overrides)
+    settings = load_config(args.config, [*(["train.profile=8"] if args.profile else []), *args.overrides])
     from haste_launch.ray_train import train as train_ranks
 
-    return train_ranks(settings)
+    status = train_ranks(settings)
+    if settings.train.profile:
+        from haste_dist.profiling import FOLDER
+
+        print(f"{Path(settings.run.folder) / FOLDER / 'summary.txt'}: where the steps went")
+    return status
 
 
 def evaluate(args: Namespace) -> int:

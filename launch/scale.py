@@ -56,7 +56,7 @@ def scale(config: Config, words: Words) -> int:
         for ranks in sorted({point.ranks for point in left}):
             if _measure(config, [point for point in left if point.ranks == ranks], law, words, cuda, device):
                 raise Interrupted(f"every finished point is kept in {folder}; the same command goes on from there")
-    report(folder, config, law, words)
+    report(folder, words)
     return 0
 
 
@@ -80,7 +80,7 @@ def task_arguments(points: list[Point], law: LabelLaw, words: Words, cuda: bool)
     }
 
 
-def report(folder: Path, config: Config, law: LabelLaw, words: Words) -> None:
+def report(folder: Path, words: Words) -> None:
     """Prints the study's table, its efficiencies and the cost model; writes the model and the plot."""
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH, highlight=False)
     rows = read_study(folder)
