@@ -125,7 +125,7 @@ def summarize(events: Sequence[Event], steps: int) -> Summary:
         host[e["name"]] += e["dur"]
     for e in kernels:
         number: int = e.get("args", {}).get("correlation", -1)
-        device[stage_at(launched.get(number, e["ts"]))] += e["dur"]
+        device[stage_at(launched[number] if number in launched else e["ts"])] += e["dur"]
     for e in waiting:
         waited[stage_at(e["ts"])] += e["dur"]
         waits[stage_at(e["ts"])] += 1
