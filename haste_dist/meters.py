@@ -122,13 +122,12 @@ class StepTimer:
     Of the step that ends with a reading the stages are measured too.
     """
 
-    def __init__(self, batch_size: int, world: World, encoder: nn.Module, tail_bytes: int = 0):
-        """``tail_bytes``: what a step of the tail reads and writes of its state on this rank."""
-        self.batch_size, self.world, self.tail_bytes = batch_size, world, tail_bytes
-        self.work = encoder_work(encoder)
+    def __init__(self, batch_size: int, world: World, work: EncoderWork, dtype: torch.dtype, tail_bytes: int = 0):
+        """``dtype``: the encoder's; ``tail_bytes``: what a step of the tail reads and writes of its state on this rank."""
+        self.batch_size, self.world, self.work, self.tail_bytes = batch_size, world, work, tail_bytes
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.device = known_device(name)
-        self.half = any(p.dtype in (torch.bfloat16, torch.float16) for p in encoder.parameters())
+        self.half = dtype in (torch.bfloat16, torch.float16)
         self._stages, self._watch = StageTimes(world.device), ExitStack()
         self.restart()
 

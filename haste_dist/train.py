@@ -20,7 +20,7 @@ from haste_dist.errors import CheckpointError, HasteError
 from haste_dist.evaluate import evaluate_texts
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE
 from haste_dist.loader import BatchMaker, TrainingBatches, open_texts
-from haste_dist.meters import StepTimer, peak_memory, stage, tail_traffic
+from haste_dist.meters import StepTimer, encoder_work, peak_memory, stage, tail_traffic
 from haste_dist.model import Prepared, check_features, make_classifier, make_encoder, open_prepared, prior_bias, save_encoder_folder
 from haste_dist.profiling import StepProfile
 from haste_dist.rewire import keeps_batch, rewire
@@ -96,6 +96,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
     plan = plan_steps(config, batches.steps_per_epoch)
 
     encoder = make_encoder(config, prepared.manifest)
+    work = encoder_work(encoder)
     classifier = make_classifier(config, prepared.order, encoder.width, world)
     if world.is_first:
         run.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
         texts=len(texts),
         output_bytes=classifier.bytes(),
     )
-    vote, timer = StopVote(world), StepTimer(config.train.batch_size, world, encoder, tail_traffic(classifier.tail))
+    vote, timer = StopVote(world), StepTimer(config.train.batch_size, world, work, engine.dtype, tail_traffic(classifier.tail))
     profile = StepProfile(config.train.profile, run, world, log)
     source = batches.from_step(state.step)
     resumed_at, reason = state.step, ""

@@ -69,7 +69,7 @@ def test_the_work_of_an_encoder_is_counted_from_its_matrices() -> None:
 
 def count_tokens(world: World) -> None:
     page = load_config(None, ["encoder.width=32", "encoder.heads=2", "encoder.layers=1"]).encoder
-    timer = StepTimer(3 * world.size - 1, world, build_encoder(page, 50, 0, 8), 1000)
+    timer = StepTimer(3 * world.size - 1, world, encoder_work(build_encoder(page, 50, 0, 8)), torch.float32, 1000)
     mask = torch.zeros(3, 8, dtype=torch.int64)
     mask[:, :5] = 1
     real = 3 if world.rank else 2  # the last text of the first rank is no text
