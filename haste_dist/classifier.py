@@ -11,6 +11,7 @@ from torch import Tensor
 
 from haste_dist.config import OutputConfig, check_fan_in
 from haste_dist.errors import ConfigError
+from haste_dist.meters import stage
 from haste_dist.sharding import LabelShard
 from haste_kernels import HeadState, Positives, StepArgs, TailState, head_step, random_features, tail_step, topk, uniform
 
@@ -74,12 +75,12 @@ class Classifier:
         losses = []
         if self.head.weight.shape[0]:
             x, mask = self._masked(x_ND, self.head_slice, config.head_dropout, step, HEAD_DROPOUT)
-            dx, loss = head_step(x, counted_from(positives, self.head.first_row), self.head, args, want_loss)
+            dx, loss = stage("head")(head_step)(x, counted_from(positives, self.head.first_row), self.head, args, want_loss)
             self._accumulate(dx_ND, dx, mask, self.head_slice)
             losses.append(loss)
         if self.tail.weight.shape[0]:
             x, mask = self._masked(x_ND, self.tail_slice, config.tail_dropout, step, TAIL_DROPOUT)
-            dx, loss = tail_step(x, counted_from(positives, self.tail.first_row), self.tail, args, want_loss)
+            dx, loss = stage("tail")(tail_step)(x, counted_from(positives, self.tail.first_row), self.tail, args, want_loss)
             self._accumulate(dx_ND, dx, mask, self.tail_slice)
             losses.append(loss)
         return dx_ND, torch.stack([x for x in losses if x is not None] or [dx_ND.new_zeros(())]).sum() if want_loss else None

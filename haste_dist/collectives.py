@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from haste_dist.meters import stage
 from haste_dist.world import World
 
 # torch 2.13 renamed these two; the old names still work on older versions.
@@ -39,11 +40,13 @@ def start_gather(part_B: Tensor, rows: int, world: World) -> Gathering:
     return Gathering(full, rows, _all_gather(full, part_B.contiguous(), async_op=True))
 
 
+@stage("gather")
 def gather_rows(part_B: Tensor, rows: int, world: World) -> Tensor:
     """(B, ...) of each rank to (n, ...) on every rank, in rank order; the padding behind row n is cut off."""
     return start_gather(part_B, rows, world).wait()
 
 
+@stage("scatter")
 def scatter_rows(full_ND: Tensor, padded: int, world: World) -> Tensor:
     """The adjoint of ``gather_rows``: (n, D) partial sums to the (B, D) rows of this rank, summed over ranks; padding gets 0."""
     missing = world.size * padded - full_ND.shape[0]

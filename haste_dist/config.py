@@ -175,6 +175,7 @@ class TrainConfig:
     evaluate_every: float = setting(1.0, "epochs between evaluations (0: only at the end)", low=0.0)
     evaluate_rows: int = setting(0, "texts an evaluation during training uses (0: all)", low=0)
     checkpoint_every: int = setting(0, "steps between checkpoints besides those after evaluations (0: none)", low=0)
+    profile: int = setting(0, "steps that torch.profiler records after the first ten, into the run folder's profile/ (0: none)", low=0)
     patience: int = setting(0, "evaluations without a better metric before training stops (0: never)", low=0)
     metric: str = setting(
         "P@1", "which metric picks the best checkpoint", choices=("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5", "nDCG@5", "R@10")
@@ -205,6 +206,7 @@ class LaunchConfig:
     timeout: int = setting(600, "seconds after which a rank that does not answer counts as lost", low=1)
     elastic: bool = setting(False, "after a failure, go on with the GPUs (or CPUs) that are left")
     wait: float = setting(60.0, "seconds to wait after a failure for lost ranks to come back", low=0.0)
+    check_memory: bool = setting(True, "refuse a run whose planned memory is more than a GPU has (haste plan)")
 
 
 @dataclass

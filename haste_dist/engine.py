@@ -17,6 +17,7 @@ from haste_dist.config import EncoderConfig
 from haste_dist.encoder import Encoder
 from haste_dist.errors import CheckpointError
 from haste_dist.flat import ClippedAdamW, FlatModule
+from haste_dist.meters import stage
 from haste_dist.world import World
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -41,13 +42,14 @@ class EncoderEngine:
             return
         self._flat = FlatModule(encoder)
         # At stage 0 DeepSpeed would step bfloat16 parameters without a float32 copy; stage 1 has one, and the update is the same.
-        stage = max(config.zero, int(self.dtype == torch.bfloat16))
-        self._engine, self._adamw = _deepspeed_engine(self._flat, config, self.dtype, stage)
+        zero = max(config.zero, int(self.dtype == torch.bfloat16))
+        self._engine, self._adamw = _deepspeed_engine(self._flat, config, self.dtype, zero)
 
     @property
     def trains(self) -> bool:
         return self._engine is not None
 
+    @stage("forward")
     def forward(self, input_ids: Tensor, attention_mask: Tensor, graph: bool = True) -> Tensor:
         """(B, S) tokens to (B, D) embeddings with dropout; ``graph``: ``backward`` follows. A frozen encoder only embeds."""
         if self._engine is None:
@@ -65,12 +67,14 @@ class EncoderEngine:
         self.module.eval()
         return (self.module if self._engine is None else self._flat)(input_ids, attention_mask)
 
+    @stage("backward")
     def backward(self, x_BD: Tensor, dx_BD: Tensor) -> None:
         """Adds the gradient that ``dx_BD``, this rank's part of the one of a global batch, has for the weights."""
         if self._engine is not None:
             # DeepSpeed averages over ranks where the gradient of a batch is the sum of its parts.
             self._engine.backward((x_BD.float() * (dx_BD * self.world.size)).sum())
 
+    @stage("optimizer")
     def step(self, lr: float) -> Tensor | None:
         """Updates the weights by the gradients added since the last update. Returns the norm of that gradient, a scalar on the device:
         where it is not finite, the weights are lost."""

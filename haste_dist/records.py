@@ -48,10 +48,7 @@ def append_record(
         **figures,
         "gpu": torch.cuda.get_device_name() if cuda else "",
         "gpus": (torch.cuda.device_count() if cuda else 0) if gpus is None else gpus,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "commit": _commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **stamp(),
     }
     line = json.dumps(record, allow_nan=False, default=_scalar).encode() + b"\n"
     path = Path(folder) / f"{topic}.jsonl"
@@ -64,7 +61,15 @@ def append_record(
     return json.loads(line)
 
 
-def _version(package: str) -> str:
+def stamp() -> dict[str, str]:
+    """What a figure was measured with, and when."""
+    import torch
+
+    date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"torch": torch.__version__, "triton": package_version("triton"), "commit": _commit(), "date": date}
+
+
+def package_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -7,12 +7,9 @@ is no special case. A step is one step of the output layer; evaluations, checkpo
 import dataclasses
 import math
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from haste_dist import checkpoint
 from haste_dist.agreement import same_error
@@ -26,7 +23,9 @@ from haste_dist.evaluate import evaluate_texts
 from haste_dist.guards import Guard, LossSpikes, dead_groups
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE
 from haste_dist.loader import BatchMaker, open_texts, training_batches
+from haste_dist.meters import StepTimer, encoder_work, peak_memory, stage, tail_traffic
 from haste_dist.model import Prepared, check_features, make_classifier, make_encoder, open_prepared, prior_bias, save_encoder_folder
+from haste_dist.profiling import StepProfile
 from haste_dist.rewire import keeps_batch, rewire
 from haste_dist.runlog import RunLog
 from haste_dist.saver import Saved, Saver
@@ -122,6 +121,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
     plan = plan_steps(config, batches.steps_per_epoch)
 
     encoder = make_encoder(config, prepared.manifest)
+    work = encoder_work(encoder)
     classifier = make_classifier(config, prepared.order, encoder.width, world)
     if world.is_first:
         run.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,8 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
         texts=len(texts),
         output_bytes=classifier.bytes(),
     )
-    vote, timer = StopVote(world), StepTimer(going.texts)
+    vote, timer = StopVote(world), StepTimer(going.texts, world, work, engine.dtype, tail_traffic(classifier.tail))
+    profile = StepProfile(config.train.profile, run, world, log)
     source = batches.from_step(state.step)
     resumed_at, reason = state.step, ""
 
@@ -197,11 +198,11 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
                 break
 
             timer.waiting()
-            batch = next(source)
-            timer.working()
+            batch = stage("data")(next)(source)
             factor = warmup_cosine(step, plan.total, config.train.warmup)
             state.step = step + 1
             logged = state.step == resumed_at + 1 or due(state.step, config.train.log_every)
+            timer.working(batch, watch=logged)
             loss = train_step(
                 engine,
                 classifier,
@@ -222,6 +223,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
                 done = rewire(classifier, config.rewire, fraction, state.step, world)
                 log.event("rewire", step=state.step, replaced=done.replaced, connections=done.connections, fraction=fraction)
             timer.stepped()
+            profile.stepped(state.step)
             if logged and loss is not None:
                 value = loss.item()  # only here the host waits for the device
                 if not math.isfinite(value):
@@ -239,44 +241,3 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
         saver.wait()
         log.event("end", step=state.step, reason=reason, best=state.best, best_step=state.best_step, **peak_memory(world.device))
     return Outcome(reason, state.step, state.best, state.best_step)
-
-
-class StepTimer:
-    """Host-side times of the steps since the last reading; on a GPU the reading follows a wait for the device."""
-
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-        self.restart()
-
-    def restart(self) -> None:
-        self.since = time.perf_counter()
-        self.waited, self.steps, self._wait_start = 0.0, 0, 0.0
-
-    def waiting(self) -> None:
-        self._wait_start = time.perf_counter()
-
-    def working(self) -> None:
-        self.waited += time.perf_counter() - self._wait_start
-
-    def stepped(self) -> None:
-        self.steps += 1
-
-    def read(self) -> dict[str, float]:
-        steps = max(1, self.steps)
-        seconds = max(1e-9, time.perf_counter() - self.since)
-        values = {
-            "step_ms": 1e3 * seconds / steps,
-            "samples_per_s": self.batch_size * steps / seconds,
-            "data_wait_ms": 1e3 * self.waited / steps,
-        }
-        self.restart()
-        return values
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Peak memory of this rank in GiB: of the allocator on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    import resource
-
-    return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

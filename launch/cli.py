@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", metavar="a.b=c", nargs="*", help=OVERRIDES)
         if name == "prepare":
             command.add_argument("--on-error", choices=("stop", "quarantine"), help="short for data.on_error=...")
+        if name == "train":
+            command.add_argument("--profile", action="store_true", help="trace a few steps and say where they went (train.profile=8)")
 
     evaluate = commands.add_parser("evaluate", help="score a trained run", description="Score a trained run and print its metrics.")
     _add_run(evaluate)
@@ -98,6 +100,33 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("name", metavar="NAME", help="icd10 or wordnet")
     build.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     build.add_argument("--source", metavar="PATH", help="where the raw material lies, if it is not found by itself")
+
+    plan = commands.add_parser(
+        "plan",
+        help="what each GPU will hold, and how long a step and an epoch will take",
+        description="What each GPU will hold, and how long a step and an epoch will take, before anything starts. Refuses a run that does "
+        "not fit, with the nearest settings that do.",
+    )
+    plan.add_argument("config", metavar="CONFIG", help=CONFIG)
+    plan.add_argument("overrides", metavar="a.b=c", nargs="*", help=OVERRIDES)
+    plan.add_argument("--gpus", type=_positive, default=0, metavar="W", help="how many (default launch.ranks, else those of this machine)")
+    plan.add_argument("--gpu", default="", metavar="NAME", help="h100, h200, a100, a100-40 or as torch names it (default this machine's)")
+    plan.add_argument("--memory", type=float, default=0.0, metavar="GIB", help="of a GPU, where its name does not tell")
+    plan.add_argument("--labels", default="", metavar="L", help="instead of the prepared data's")
+    plan.add_argument("--texts", default="", metavar="T", help="to train on, for the time of an epoch; instead of the prepared data's")
+    plan.add_argument("--most-labels", type=_positive, default=20, metavar="M", help="of one text, without prepared data (default 20)")
+    plan.add_argument("--model", default="", metavar="FILE", help="a cost model (default: the one that haste scale kept for the device)")
+
+    scale = commands.add_parser(
+        "scale",
+        help="measure the training step on more and more ranks and labels",
+        description="A scaling study on made-up texts: the real training step at every point, a row each in OUT/study.parquet, a plot, and "
+        "a cost model that predicts other sizes. Finished points are kept; the same command goes on. Numbers may be lists and read 10k, "
+        "2.5M or 1B: --ranks 1,2,4 --labels 1M,1B.",
+    )
+    scale.add_argument("config", metavar="CONFIG", help=CONFIG)
+    scale.add_argument("overrides", metavar="a.b=c", nargs="*", help=OVERRIDES)
+    _add_scale(scale)
 
     bench = commands.add_parser("bench", help="measure the kernels", description="Measure this project beside its baselines and the floor.")
     actions = bench.add_subparsers(dest="action", metavar="WHAT", required=True)
@@ -185,6 +214,35 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-bias", action="store_true", help="labels without biases")
     command.add_argument("--quick", action="store_true", help="one small shape, short measurements")
     command.add_argument("--tune", action="store_true", help="first measure every tile of this project's kernels here and keep the fastest")
+
+
+def _add_scale(command: argparse.ArgumentParser) -> None:
+    """Words stay words here: haste_launch.scale_settings reads and checks them."""
+    for flag, metavar, default, summary in (
+        ("--labels", "L", "", "labels, the same at every number of ranks: strong scaling (default 1M,10M,40M; 20k,80k on a CPU)"),
+        ("--labels-a-rank", "L", "", "labels that grow with the ranks: weak scaling (default 10M; 40k on a CPU)"),
+        ("--ranks", "W", "", "ranks (default powers of two up to all GPUs, or all cores)"),
+        ("--batch", "N", "", "texts a step over all ranks (default train.batch_size)"),
+        ("--fan-in", "F", "", "default output.fan_in"),
+        ("--group", "G", "", "default output.group_size"),
+        ("--exponent", "E", "1.0", "of Zipf-Mandelbrot's law, by which labels are drawn (default 1.0)"),
+        ("--shift", "Q", "10", "of that law (default 10)"),
+        ("--positives", "P", "5", "labels a text, on average (default 5)"),
+        ("--out", "DIR", "runs/scale", "folder of the study (default runs/scale)"),
+        (
+            "--records",
+            "DIR",
+            "",
+            "folder that figures are appended to, or none (default benchmarks/records on a GPU, none on a CPU)",
+        ),
+        ("--between-hosts", "GB/S", "50", "bandwidth of a GPU's network card, for predictions (default 50)"),
+    ):
+        command.add_argument(flag, metavar=metavar, default=default, help=summary)
+    command.add_argument("--gpus-a-host", type=_positive, default=8, metavar="COUNT", help="for predictions (default 8)")
+    command.add_argument("--sweep", action="append", default=[], metavar="NAME=V,V", help="vary one number alone; may be given again")
+    command.add_argument("--warmup", type=_positive, default=5, metavar="STEPS", help="steps that are not timed (default 5)")
+    command.add_argument("--steps", type=_positive, default=20, metavar="STEPS", help="steps that are timed (default 20)")
+    command.add_argument("--no-plot", action="store_true", help="draw nothing")
 
 
 def _positive(word: str) -> int:

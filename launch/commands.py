@@ -40,10 +40,15 @@ def prepare(args: Namespace) -> int:
 
 
 def train(args: Namespace) -> int:
-    settings = load_config(args.config, args.overrides)
+    settings = load_config(args.config, [*(["train.profile=8"] if args.profile else []), *args.overrides])
     from haste_launch.ray_train import train as train_ranks
 
-    return train_ranks(settings)
+    status = train_ranks(settings)
+    if settings.train.profile:
+        from haste_dist.profiling import FOLDER
+
+        print(f"{Path(settings.run.folder) / FOLDER / 'summary.txt'}: where the steps went")
+    return status
 
 
 def evaluate(args: Namespace) -> int:
@@ -125,6 +130,25 @@ def datasets(args: Namespace) -> int:
     stats = build_dataset(args.name, args.out, args.source)
     print(f"{args.out}: {stats['train_texts']:,} texts to train on, {stats['test_texts']:,} to test, {stats['labels']:,} labels")
     return 0
+
+
+def plan(args: Namespace) -> int:
+    settings = load_config(args.config, args.overrides)
+    from haste_launch.plan import Words
+    from haste_launch.plan import plan as print_plan
+
+    names = ("gpus", "gpu", "memory", "labels", "texts", "most_labels", "model")
+    return print_plan(settings, Words(**{name: getattr(args, name) for name in names}))
+
+
+def scale(args: Namespace) -> int:
+    from haste_launch.scale_settings import read_words
+
+    words = read_words(args)  # wrong words fail here, before torch loads
+    settings = load_config(args.config, args.overrides)
+    from haste_launch.scale import scale as scale_ranks
+
+    return scale_ranks(settings, words)
 
 
 def bench(args: Namespace) -> int:

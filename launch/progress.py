@@ -39,7 +39,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._bars.start()
-        self._bar = self._bars.add_task("starting ranks" if self._task == "train" else "scoring", total=None, note="")
+        self._bar = self._bars.add_task("scoring" if self._task == "evaluate" else "starting ranks", total=None, note="")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -88,6 +88,18 @@ class Progress:
         self._bars.update(self._bar, description="starting ranks again")
         self._say(f"ranks failed ({event['reason']}); {again}{lost}; {event['left']} restarts left without a new checkpoint")
 
+    def _on_study(self, event: dict[str, Any]) -> None:
+        self._steps = 0
+        self._bars.update(self._bar, description="measuring", total=event["points"], completed=0)
+        self._say(f"measuring {event['points']} points on {event['ranks']} rank{'s' if event['ranks'] > 1 else ''}, {event['device']}")
+
+    def _on_point(self, event: dict[str, Any]) -> None:
+        self._steps += 1
+        self._bars.update(self._bar, completed=self._steps)
+        shape = f"L={short(event['labels'])} W={event['ranks']} N={event['batch']} F={event['fan_in']} G={event['group']}"
+        found = event["note"] or f"{event['p50_ms']:.4g} ms a step, {event['peak_gib']:.3g} GiB"
+        self._say(f"{shape}: {found} ({event['seconds']:.1f} s)")
+
     def _on_end(self, event: dict[str, Any]) -> None:
         self._bars.update(self._bar, completed=event["step"])
         self._say(
@@ -96,3 +108,11 @@ class Progress:
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def short(value: float) -> str:
+    """A count in at most four digits: 4,096 is 4096, 655,360 is 655k, 2,812,288 is 2.81M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 10 * size or (unit != "k" and value >= size):
+            return f"{float(f'{value / size:.3g}'):g}{unit}"
+    return f"{value:g}"

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from haste_dist.config import Config, check
 from haste_dist.errors import ConfigError, Interrupted
@@ -21,6 +21,10 @@ from haste_dist.storage import whole_address
 from haste_launch.attempts import until_done, user_error
 from haste_launch.progress import Progress
 from haste_launch.ray_session import ray_session
+
+if TYPE_CHECKING:
+    from haste_dist.model import Prepared
+    from haste_dist.world import World
 
 STOP_FILE = ".stop"
 POLL_SECONDS = 0.25
@@ -32,12 +36,26 @@ def train(config: Config) -> int:
     from haste_dist.train import check_run
 
     config = absolute_paths(config)
-    check_run(config)
+    prepared = check_run(config)
     with ray_session(config):
+        check_memory(config, prepared)
         asked_by = run_ranks(config, "train", {})
     if asked_by == signal.SIGINT:
         raise Interrupted(f"training stopped, everything is saved in {config.run.folder}; the same command goes on from there")
     return 0
+
+
+def check_memory(config: Config, prepared: "Prepared") -> None:
+    """Refuses a run that would fill its GPUs, where this machine has such GPUs to ask. Raises ConfigError."""
+    import ray
+    import torch
+
+    from haste_dist.fits import check_fits, facts_of
+
+    ranks, on_gpu = count_ranks(config, ray.cluster_resources())
+    if config.launch.check_memory and on_gpu and torch.cuda.is_available():
+        gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        check_fits(config, facts_of(prepared.manifest, ranks, "cuda"), gib, torch.cuda.get_device_name(0))
 
 
 def evaluate(config: Config, checkpoint: str, predictions: str | None = None) -> int:
@@ -142,7 +160,9 @@ def rank_main(payload: dict[str, Any]) -> None:
     torch.set_num_threads(payload["threads"])
     config = config_from_dict(payload["config"])
     world = join_world(ray.train.torch.get_device() if payload["on_gpu"] else torch.device("cpu"), config.launch.timeout)
-    if payload["task"] == "train":
+    if payload["task"] == "scale":
+        measure_rank(config, world, payload, stop_reader(Path(config.run.folder) / STOP_FILE))
+    elif payload["task"] == "train":
         from haste_dist.train import train as train_rank
 
         train_rank(config, world, stop_reader(Path(config.run.folder) / STOP_FILE))
@@ -152,6 +172,17 @@ def rank_main(payload: dict[str, Any]) -> None:
 
         with scored_file(payload["predictions"]) if payload["predictions"] else contextlib.nullcontext() as keep:
             evaluate_run(config, world, payload["checkpoint"], keep)
+
+
+def measure_rank(config: Config, world: "World", task: dict[str, Any], wants_stop: Callable[[], bool]) -> None:
+    """A rank of ``haste scale``; ``task`` holds what ``haste_launch.scale.task_arguments`` made."""
+    from haste_dist.measure import Effort, measure_points
+    from haste_dist.study import Point
+    from haste_dist.synthetic import LabelLaw
+
+    points = [Point(**point) for point in task["points"]]
+    records = Path(task["records"]) if task["records"] else None
+    measure_points(config, world, points, LabelLaw(**task["law"]), Path(config.run.folder), Effort(**task["effort"]), records, wants_stop)
 
 
 def count_ranks(config: Config, resources: dict[str, float]) -> tuple[int, bool]:

@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +17,16 @@ from tiny import haste, make_prepared, read_losses
 from haste_dist.config import Config, save_config
 from haste_dist.errors import ConfigError, HasteError
 from haste_dist.runlog import read_events
-from haste_launch.ray_train import ECHO_SECONDS, absolute_paths, config_from_dict, count_ranks, stop_reader, stop_signals, user_error
+from haste_launch.ray_train import (
+    ECHO_SECONDS,
+    absolute_paths,
+    check_memory,
+    config_from_dict,
+    count_ranks,
+    stop_reader,
+    stop_signals,
+    user_error,
+)
 
 SECONDS = 120
 
@@ -181,3 +191,23 @@ class WorkersFailed(Exception):
     def __init__(self, failures: dict[int, Exception]):
         super().__init__()
         self.worker_failures = failures
+
+
+def test_a_run_that_would_fill_its_gpus_is_refused_before_ranks_start(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a made-up GPU of one GiB, most of which is kept free."""
+    import ray
+    import torch
+
+    from haste_dist.model import open_prepared
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2, "GPU": 2})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "small GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=2**30))
+    config.launch.device = "cuda"
+    with pytest.raises(ConfigError, match=r"each of 2 GPUs would need .* small GPU has 1\.0 GiB"):
+        check_memory(config, open_prepared(config))
+    config.launch.check_memory = False
+    check_memory(config, open_prepared(config))
+    config.launch.check_memory, config.launch.device = True, "cpu"
+    check_memory(config, open_prepared(config))

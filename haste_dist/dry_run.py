@@ -1,0 +1,110 @@
+"""What an encoder holds during a step, found by running it on the meta device: real operations, real shapes, no memory, no numbers.
+
+Two operations keep other things for the backward pass on a GPU than on the meta device, and are replaced by stand-ins: attention
+(fused kernels keep q, k, v, the answer, one number a query and the mask, not the probabilities) and dropout (a byte an element).
+
+Letters: B texts of one rank, S tokens, P parameters.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from haste_dist.config import EncoderConfig
+from haste_dist.encoder import build_encoder
+from haste_dist.live_bytes import LiveBytes
+from haste_dist.meters import EncoderWork, encoder_work
+
+
+@dataclass(frozen=True)
+class EncoderNeeds:
+    """Bytes beside the weights, and the encoder's size and work. ``backward`` counts the gradients of the weights."""
+
+    parameters: int  # P
+    trained: int  # of them
+    largest: int  # of the trained ones, in one tensor
+    width: int
+    forward: int  # most that lives during the forward pass
+    kept: int  # what lives between the passes
+    backward: int  # most that lives during the backward pass
+    scoring: int  # most that lives during a forward pass without graph
+    work: EncoderWork
+    rows: int  # B
+    weight_bytes: int  # of one weight
+
+    def of_rows(self, rows: int) -> "EncoderNeeds":
+        """With another batch: what lives grows with it, but the gradients are there in the end."""
+        times, gradients = rows / self.rows, self.weight_bytes * self.trained
+        grown = {name: round(getattr(self, name) * times) for name in ("forward", "kept", "scoring")}
+        backward = max(round(self.backward * times), gradients * (self.backward > 0))
+        return dataclasses.replace(self, **grown, backward=backward, rows=rows)
+
+
+@functools.lru_cache(maxsize=64)
+def _dry_run(key: tuple[Any, ...], vocabulary: int, pad_id: int, rows: int, tokens: int, dtype: torch.dtype) -> EncoderNeeds:
+    config = EncoderConfig(**dict(key))
+    with torch.device("meta"):
+        encoder = build_encoder(config, vocabulary, pad_id, tokens, pretrained=False).to(dtype)
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        mask = torch.ones(rows, tokens, dtype=torch.int64)
+        if config.frozen:
+            encoder.requires_grad_(False)
+        held = [*encoder.parameters(), *encoder.buffers(), ids, mask]
+        with _AsOnAGpu(), LiveBytes(held) as live:
+            base = live.now
+            with torch.no_grad():
+                encoder.eval()(ids, mask)
+            scoring, kept, forward, backward = live.peak - base, 0, live.peak - base, 0
+            if not config.frozen:
+                live.restart()
+                x_BD = encoder.train()(ids, mask)
+                forward, kept = live.peak - base, live.now - base
+                live.restart()
+                x_BD.backward(torch.ones_like(x_BD))
+                backward = live.peak - base
+    work = encoder_work(encoder)
+    total = sum(p.numel() for p in encoder.parameters())
+    trained = [p.numel() for p in encoder.parameters() if p.requires_grad]
+    largest, width = max(trained, default=0), encoder.width
+    return EncoderNeeds(total, sum(trained), largest, width, forward, kept, backward, scoring, work, rows, dtype.itemsize)
+
+
+def dry_run(config: EncoderConfig, vocabulary: int, pad_id: int, rows: int, tokens: int, dtype: torch.dtype) -> EncoderNeeds:
+    """An encoder stepped on ``rows`` texts of ``tokens`` tokens, its weights in ``dtype``. Raises ConfigError."""
+    return _dry_run(tuple(vars(config).items()), vocabulary, pad_id, rows, tokens, dtype)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps for the backward pass what fused attention keeps, and makes what it makes."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out = torch.empty_like(q)
+        mask = mask if mask is None or mask.dtype == q.dtype else mask.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), *([] if mask is None else [mask]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+class _AsOnAGpu(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            q, k, v, mask = (*args, *([None] * (4 - len(args))))[:4]
+            return _Attention.apply(q, k, v, kwargs.get("attn_mask", mask))
+        if func is F.dropout:
+            x, p, training = args[0], kwargs.get("p", args[1] if len(args) > 1 else 0.5), kwargs.get("training", True)
+            return torch.native_dropout(x, p, True)[0] if p and training else x
+        if func is Tensor.all:  # transformers asks whether the mask hides nothing; in batches of mixed lengths it does
+            return False
+        return func(*args, **kwargs)

@@ -1,0 +1,215 @@
+"""What one rank holds and when: every tensor of a run counted from the settings, before anything is made.
+
+Held always: the output layer's and the encoder's state. On top of it each phase of a step has its own, and the peak is the largest
+phase. Each term says what in the code makes it; tests hold them against runs. Pure but for the encoder, which runs without memory
+(dry_run.py). On a GPU the Triton kernels are counted, on a CPU plain torch.
+
+Letters: L labels, W ranks, N texts of the global batch, B of one rank, S tokens, D width, M most labels of a text, H head rows, T tail
+groups, G rows a group, F fan-in (H and T of the rank that has most), P parameters of the encoder, NP = N padded to a tile.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from haste_dist.classifier import INT16_WIDTH, feature_slice
+from haste_dist.config import Config
+from haste_dist.dry_run import EncoderNeeds, dry_run
+from haste_dist.label_groups import head_size
+from haste_dist.sharding import label_shard
+
+GIB = 1 << 30
+STEP_PHASES = ("encoder forward", "output layer", "encoder backward", "optimizer")
+HALF = 2  # bytes of bfloat16
+# Numbers of the kernels, which cannot be imported where Triton is not installed; tests/test_memory.py compares them.
+TILE = 64  # most batch rows of a tile
+RUN, COPIES_BYTES, SCRATCH_BYTES = 128, 24 << 20, 256 << 20  # triton_tail.py: float16 copies of dx, the deterministic mode
+HEAD_BYTES, HEAD_ROWS = 48 << 20, 16  # triton_head.py: a chunk
+TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN = 128 << 20, 4096, 16, 256  # triton_topk.py: block maxima of a chunk
+PLAIN_BYTES = {"cuda": 1 << 30, "cpu": 8 << 20}  # chunks.py: a chunk of plain torch
+BUCKET = 500_000_000  # elements: DeepSpeed's gradient buffer at ZeRO 1 and 2, made anew in each backward pass
+# Not counted: the CUDA context, NCCL's buffers, gaps between blocks of the allocator. This much is kept free for them.
+RESERVE_GIB, RESERVE_SHARE = 1.0, 0.03
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run's memory depends on beside its settings."""
+
+    labels: int  # L
+    most_labels: int  # M
+    vocabulary: int
+    pad_id: int = 0
+    ranks: int = 1  # W
+    device: str = "cuda"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by what holds them: ``held`` always, ``phases`` on top of that."""
+
+    held: dict[str, int]
+    phases: dict[str, dict[str, int]]
+    encoder: EncoderNeeds
+
+    @property
+    def state(self) -> int:
+        return sum(self.held.values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def peak(self) -> int:
+        return self.state + sum(self.phases[self.peak_phase].values())
+
+    @property
+    def step_peak(self) -> int:
+        """Of a training step alone, without start, rewiring and evaluation."""
+        return self.state + max(sum(self.phases[name].values()) for name in STEP_PHASES)
+
+
+def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None) -> MemoryPlan:
+    """The rank with the most labels. ``known``: of the same encoder with another batch. Raises ConfigError where it cannot be built."""
+    cuda = facts.device == "cuda"
+    output, n = config.output, config.train.batch_size
+    b = -(-n // facts.ranks)
+    precision = config.encoder.precision if config.encoder.precision != "auto" else ("bfloat16" if cuda else "float32")
+    x_dtype: torch.dtype = getattr(torch, precision)
+    s = config.data.max_length
+    needs = known.of_rows(b) if known else dry_run(config.encoder, facts.vocabulary, facts.pad_id, b, s, x_dtype)
+    d, x_bytes = needs.width, x_dtype.itemsize
+    head_width, tail_width = feature_slice(output.head_features, d).width, feature_slice(output.tail_features, d).width
+    h, t = shard_sizes(facts.labels, output.head_fraction, output.group_size, facts.ranks)
+    weight = (HALF if cuda else 4) if output.weight_dtype == "auto" else getattr(torch, output.weight_dtype).itemsize
+    momentum = weight if output.momentum_dtype == "auto" else getattr(torch, output.momentum_dtype).itemsize
+    momentum = momentum if output.momentum else 0
+    weights = h * head_width + t * output.group_size * output.fan_in
+    biases = (h + t * output.group_size) * 4 * output.bias
+    held = {
+        "output weights": weights * weight,
+        "output momentum": weights * momentum,
+        "output biases": biases * (2 if momentum else 1),
+        "tail indices": t * output.fan_in * (2 if tail_width <= INT16_WIDTH else 4),
+        "encoder weights": needs.parameters * x_bytes,
+        **_optimizer_state(config, needs, x_bytes, facts.ranks),
+    }
+    batch = {
+        "batch": b * s * 16 + (b + n) * facts.most_labels * 8,
+        "embeddings and their gradient": n * d * (x_bytes + 4) + b * d * (x_bytes + 16),
+    }
+    masked = {
+        "dropout of the head's or tail's input": 2 * n * max(head_width * bool(output.head_dropout), tail_width * bool(output.tail_dropout))
+        * (x_bytes + 2)
+    }  # fmt: skip
+    work = max(_head_workspace(cuda, n, h, head_width, weight, x_bytes), _tail_workspace(config, cuda, n, t, tail_width, weight, x_bytes))
+    bucket, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
+    phases = {
+        "encoder forward": {"activations": needs.forward, "batch": batch["batch"]},
+        "output layer": {**batch, **masked, "activations": needs.kept, "kernel workspace": work + 32 * n * facts.most_labels},
+        "encoder backward": {**batch, "activations": needs.backward, "gradient bucket": bucket},
+        "optimizer": {**batch, "gradients": gradients, "update": stepping},
+        "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size),
+        "making the initial weights": {"random numbers": min(1 << 28, 16 * weights) + min(PLAIN_BYTES[facts.device], 64 * t * tail_width)},
+    }
+    if config.train.accumulation > 1:  # gradients of earlier micro-batches
+        for name in ("encoder forward", "output layer"):
+            phases[name]["gradients"] = gradients
+    if config.rewire.interval:
+        each = 17 if config.rewire.prune == "group" else 6  # scores, sorted and their places, what is pruned; or scores' bits compared
+        regrown = min(PLAIN_BYTES[facts.device], 64 * t * tail_width)
+        phases["rewiring"] = {"scores and their order": each * t * output.fan_in, "random numbers": regrown}
+        if config.rewire.grow == "gradient":
+            kept = {"kept batches": config.rewire.batches * n * (tail_width * x_bytes + facts.most_labels * 8)}
+            phases = {name: {**phase, **kept} for name, phase in phases.items()}
+    return MemoryPlan(held, phases, needs)
+
+
+def shard_sizes(labels: int, head_fraction: float, group_size: int, ranks: int) -> tuple[int, int]:
+    """H and T of the rank that has most of them."""
+    head = head_size(labels, head_fraction, group_size)
+    groups = -(-(labels - head) // group_size)
+    last = label_shard(head, groups, group_size, labels, ranks, ranks - 1)  # of near-equal ranges the last is the longest
+    return last.head_stop - last.head_start, last.groups
+
+
+def room(gib: float) -> int:
+    """Bytes of a GPU with ``gib`` GiB that a plan may fill."""
+    return int((gib - max(RESERVE_GIB, RESERVE_SHARE * gib)) * GIB)
+
+
+def _optimizer_state(config: Config, needs: EncoderNeeds, x_bytes: int, ranks: int) -> dict[str, int]:
+    """AdamW's two moments in float32, and at ZeRO 1 and 2 (which bfloat16 always is) float32 weights; of one rank's partition."""
+    if config.encoder.frozen:
+        return {}
+    partitioned = config.encoder.zero > 0 or x_bytes == HALF
+    each, parts = (12, ranks) if partitioned else (8, 1)
+    return {"encoder optimizer": each * needs.trained // parts}
+
+
+def _gradients(config: Config, needs: EncoderNeeds, x_bytes: int, ranks: int) -> tuple[int, int, int]:
+    """DeepSpeed's buffers: in the backward pass beside the gradients; gradients that wait for the update; what the update makes.
+
+    The update flattens a partition's gradients and casts them to float32.
+    """
+    if config.encoder.frozen:
+        return 0, 0, 0
+    p = needs.trained
+    if config.encoder.zero == 0 and x_bytes != HALF:
+        return x_bytes * (p + needs.largest), x_bytes * p, 0  # gradients stay, so one comes beside its sum
+    return x_bytes * BUCKET, x_bytes * p // ranks, (x_bytes + 4 * (x_bytes == HALF)) * p // ranks
+
+
+def _head_workspace(cuda: bool, n: int, rows: int, width: int, weight: int, x_bytes: int) -> int:
+    if not rows:
+        return 0
+    if not cuda:
+        return _chunk("cpu", rows, 4 * (3 * n + 8 * width), 4 * (n + (1 if weight == 4 else 7) * width)) + 4 * n * width
+    half = weight == x_bytes == HALF
+    most = max(HEAD_ROWS, HEAD_BYTES // max(6 * n, 2 * n + 4 * width) // HEAD_ROWS * HEAD_ROWS)
+    r = min(most, rows)
+    dz = (HALF if half else 4) * r * n
+    operand = 0 if half or weight == 4 else 4 * r * width  # weights are cast where they are not of x's type
+    return 4 * n * width + operand + max(4 * r * n + dz, dz + 4 * max(n, r) * width) + rows * 16 // HEAD_ROWS
+
+
+def _tail_workspace(config: Config, cuda: bool, n: int, groups: int, width: int, weight: int, x_bytes: int) -> int:
+    if not groups:
+        return 0
+    g, f = config.output.group_size, config.output.fan_in
+    half = weight == x_bytes == HALF
+    fused = cuda and g >= 16 and 16 <= f <= 256
+    if not fused:
+        each = 4 * (2 * f * n + 3 * g * n + 8 * g * f)
+        used = 4 * (2 * f * n + g * n + (1 if weight == 4 else 7) * g * f) + 8 * f
+        return _chunk("cuda" if cuda else "cpu", groups, each, used) + 12 * n * width
+    padded = -(-n // TILE) * TILE
+    fixed = padded * width * (HALF if half else 4) + 4 * n * width + 16 * groups + 4 * groups  # x transposed, dx, bounds, loss
+    if config.output.deterministic:
+        slots = min(max(1, SCRATCH_BYTES // (4 * f * padded)), groups) * f
+        return fixed + 4 * width * padded + 4 * slots * padded + 28 * slots
+    if not (half and config.output.half_sums):
+        return fixed + 4 * width * padded
+    needed = -(-groups * f // (width * RUN))
+    return fixed + max(1, min(needed, COPIES_BYTES // (2 * width * padded))) * 2 * width * padded
+
+
+def _chunk(device: str, count: int, allowed: int, used: int) -> int:
+    """Plain torch takes as many rows or groups at once as ``allowed`` bytes each let fit; what lives of them is less."""
+    return max(1, min(count, PLAIN_BYTES[device] // allowed)) * used
+
+
+def _scoring(config: Config, facts: Facts, cuda: bool, needs: EncoderNeeds, d: int, x_bytes: int, head: int, tail: int) -> dict[str, int]:
+    """Activations grow with the rows; top-k keeps block maxima of a chunk (Triton), or a chunk's logits and keys (plain torch)."""
+    n, k = config.evaluate.batch_size, 100
+    rows = -(-n // facts.ranks)
+    trained_rows = -(-config.train.batch_size // facts.ranks)
+    activations = needs.scoring * rows // max(1, trained_rows)
+    if cuda:
+        padded = -(-n // TILE) * TILE
+        spans = min(-(-(head + tail) // TOPK_SPAN), TOPK_SPANS, max(1, TOPK_BYTES // (4 * TOPK_LIST * padded)))
+        chunk = 4 * padded * (spans + 4) * (1 + TOPK_LIST)
+    else:
+        chunk = min(16 << 20, 4 * n * (head + tail)) * 3
+    return {"activations": activations, "embeddings": 2 * n * d * x_bytes, "top-k workspace": chunk + n * k * TOPK_LIST * 8}

@@ -1,0 +1,186 @@
+"""The memory plan against what real steps hold, its numbers against the kernels' own, and the settings that it says would fit."""
+
+import gc
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import run_ranks
+
+from haste_dist.classifier import Classifier
+from haste_dist.config import Config, load_config
+from haste_dist.dry_run import dry_run
+from haste_dist.encoder import build_encoder
+from haste_dist.engine import EncoderEngine
+from haste_dist.errors import ConfigError
+from haste_dist.fits import check_fits, nearest_that_fit
+from haste_dist.label_groups import head_size
+from haste_dist.live_bytes import LiveBytes
+from haste_dist.memory import (
+    BUCKET,
+    COPIES_BYTES,
+    GIB,
+    HEAD_BYTES,
+    HEAD_ROWS,
+    PLAIN_BYTES,
+    RUN,
+    SCRATCH_BYTES,
+    TOPK_BYTES,
+    TOPK_LIST,
+    TOPK_SPAN,
+    TOPK_SPANS,
+    Facts,
+    memory_plan,
+    room,
+    shard_sizes,
+)
+from haste_dist.sharding import label_shard
+from haste_dist.step import train_step
+from haste_dist.synthetic import LabelLaw, synthetic_batch
+from haste_dist.world import World, join_world
+
+LAW = LabelLaw()
+BERT = ["encoder.name=scratch", "encoder.width=768", "encoder.layers=12", "encoder.heads=12", "train.batch_size=512"]
+
+
+def config(*words: str) -> Config:
+    return load_config(None, list(words))
+
+
+def test_the_plan_knows_the_kernels_numbers() -> None:
+    from haste_kernels import chunks
+
+    assert {"cuda": chunks.CUDA_BYTES, "cpu": chunks.CPU_BYTES} == PLAIN_BYTES
+    tail, head, topk, maxima = (importlib.import_module(f"haste_kernels.triton_{name}") for name in ("tail", "head", "topk", "maxima"))
+    assert (tail.RUN, tail.COPIES_BYTES, tail.SCRATCH_BYTES) == (RUN, COPIES_BYTES, SCRATCH_BYTES)
+    assert (head.CHUNK_BYTES, head.ROWS) == (HEAD_BYTES, HEAD_ROWS)
+    assert (topk.CHUNK_BYTES, topk.CHUNK_SPANS, topk.LIST, maxima.SPAN) == (TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN)
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 5),
+    st.sampled_from([0.0, 0.1, 1.0]),
+    st.sampled_from([16, 64]),
+    st.sampled_from(["float32", "bfloat16"]),
+    st.sampled_from(["auto", "float32", "bfloat16", "none"]),
+    st.booleans(),
+)
+def test_the_output_layers_bytes_are_exact(
+    labels: int, ranks: int, head: float, group: int, weight: str, momentum: str, bias: bool
+) -> None:
+    words = [f"output.head_fraction={head}", f"output.group_size={group}", "output.fan_in=8", f"output.weight_dtype={weight}"]
+    words += ["output.momentum=0"] if momentum == "none" else [f"output.momentum_dtype={momentum}"]
+    page = config(*words, f"output.bias={bias}", "encoder.width=32", "encoder.heads=2", "encoder.layers=1", "data.max_length=4")
+    rows = head_size(labels, head, group)
+    groups = -(-(labels - rows) // group)
+    shards = [label_shard(rows, groups, group, labels, ranks, rank) for rank in range(ranks)]
+    assert shard_sizes(labels, head, group, ranks) == (max(s.head_stop - s.head_start for s in shards), max(s.groups for s in shards))
+    held = memory_plan(page, Facts(labels, 4, 40, 0, ranks, "cpu")).held
+    counted = sum(size for name, size in held.items() if not name.startswith("encoder"))
+    assert counted == max(Classifier(page.output, shard, 32, 0, torch.device("cpu")).bytes() for shard in shards)
+
+
+def test_a_dry_run_keeps_what_a_real_forward_pass_keeps() -> None:
+    """On a CPU, without dropout: attention there is fused too, and the mask hides something, as in real batches."""
+    page = config("encoder.width=64", "encoder.heads=4", "encoder.layers=3", "encoder.dropout=0").encoder
+    needs = dry_run(page, 100, 0, 8, 32, torch.float32)
+    encoder = build_encoder(page, 100, 0, 32)
+    ids, mask = torch.randint(5, 100, (8, 32)), torch.ones(8, 32, dtype=torch.int64)
+    mask[0, 20:] = 0
+    with LiveBytes([*encoder.parameters(), *encoder.buffers(), ids, mask]) as live:
+        before = live.now
+        x_BD = encoder(ids, mask)
+        gc.collect()
+        kept = live.now - before
+        live.restart()
+        x_BD.backward(torch.ones_like(x_BD))
+        backward = live.peak - before
+    assert abs(needs.kept / kept - 1) < 0.05
+    assert abs(needs.backward / backward - 1) < 0.05
+    twice = dry_run(page, 100, 0, 16, 32, torch.float32)
+    for name in ("kept", "forward", "backward", "scoring"):
+        assert abs(getattr(needs.of_rows(16), name) / getattr(twice, name) - 1) < 0.02
+
+
+def step_within_plan(world: World, words: list[str], tolerance: float) -> None:
+    """Real steps: the most bytes of tensors alive, against the plan."""
+    page = config(*words)
+    labels, n, s, vocabulary = 40_000, page.train.batch_size, page.data.max_length, 300
+    encoder = build_encoder(page.encoder, vocabulary, 0, s)
+    rows = -(-n // world.size)
+    engine = EncoderEngine(encoder, page.encoder, world, rows)
+    head = head_size(labels, page.output.head_fraction, page.output.group_size)
+    groups = -(-(labels - head) // page.output.group_size)
+    shard = label_shard(head, groups, page.output.group_size, labels, world.size, world.rank)
+    classifier = Classifier(page.output, shard, encoder.width, 0, world.device)
+    batch = synthetic_batch(LAW, labels, head, n, s, vocabulary, 0, 0, world.size, world.rank)
+
+    def step(number: int) -> None:
+        train_step(engine, classifier, batch, world, lr_encoder=1e-4, lr_output=1e-4, step=number, seed=0)
+
+    for number in range(2):
+        step(number)
+    with LiveBytes([*encoder.parameters(), *(t for t, _ in classifier.tensors().values())]) as live:
+        for number in range(2, 4):
+            step(number)
+    planned = memory_plan(page, Facts(labels, LAW.most, vocabulary, 0, world.size, "cpu")).step_peak
+    assert abs(planned / live.peak - 1) < tolerance, f"{planned / 2**20:.2f} MiB planned, {live.peak / 2**20:.2f} held"
+
+
+SMALL = ["encoder.width=64", "encoder.heads=4", "encoder.layers=4", "encoder.dropout=0", "data.max_length=32", "output.fan_in=16"]
+
+
+@pytest.mark.parametrize("more", [["train.batch_size=64"], ["train.batch_size=8"], ["train.batch_size=32", "output.tail_dropout=0.1"]])
+def test_a_step_holds_what_was_planned(more: list[str]) -> None:
+    step_within_plan(join_world("cpu"), [*SMALL, *more], 0.1)
+
+
+def test_two_ranks_hold_what_was_planned() -> None:
+    run_ranks(2, step_within_plan, [*SMALL, "train.batch_size=64"], 0.1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_partitioned_optimizers_hold_what_was_planned(precision: str) -> None:
+    """DeepSpeed's bucket is most of it: 1 or 2 GB, which a CPU never touches."""
+    step_within_plan(join_world("cpu"), [*SMALL, "train.batch_size=8", "encoder.zero=1", f"encoder.precision={precision}"], 0.1)
+    plan = memory_plan(config(*SMALL, "encoder.zero=1"), Facts(1000, 4, 300, device="cpu"))
+    assert plan.phases["encoder backward"]["gradient bucket"] == 4 * BUCKET
+
+
+# What would fit
+
+
+def test_what_does_not_fit_is_refused_with_settings_that_do() -> None:
+    page, facts = config(*BERT), Facts(400_000_000, 20, 30_522, 0, 2)
+    with pytest.raises(ConfigError) as refused:
+        check_fits(page, facts, 79, "NVIDIA H100")
+    line = str(refused.value)
+    assert "\n" not in line
+    plan = memory_plan(page, facts)
+    found = nearest_that_fit(page, facts, plan, 79)
+    assert found
+    assert all(word in line for word in found)
+    for words in found:
+        settings_of = [word for word in words.split() if not word.startswith("launch.ranks")]
+        ranks = next((int(word.split("=")[1]) for word in words.split() if word.startswith("launch.ranks")), 2)
+        changed = config(*BERT, *settings_of)
+        assert memory_plan(changed, Facts(400_000_000, 20, 30_522, 0, ranks)).peak <= room(79) * 1.001, words
+
+
+def test_several_settings_are_changed_where_one_is_not_enough() -> None:
+    page = config(*BERT[:-1], "train.batch_size=64", "output.momentum_dtype=float32")
+    facts = Facts(10_000_000_000, 20, 30_522, 0, 8)
+    (words,) = nearest_that_fit(page, facts, memory_plan(page, facts), 79)
+    assert "launch.ranks=" in words
+    assert "output.momentum=0" in words
+    assert nearest_that_fit(page, facts, memory_plan(page, facts), 2) == []
+
+
+def test_what_fits_is_let_through() -> None:
+    plan = check_fits(config(*BERT), Facts(10_000_000, 20, 30_522), 79, "NVIDIA H100")
+    assert 20 * GIB < plan.peak < 30 * GIB
+    assert plan.peak_phase == "encoder backward"

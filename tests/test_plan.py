@@ -1,0 +1,73 @@
+"""``haste plan``: what it prints, what it refuses, and that it never invents a figure."""
+
+from pathlib import Path
+
+import pytest
+from test_cost_model import study
+from tiny import make_prepared
+
+from haste_dist.config import save_config
+from haste_dist.cost_model import fit, kept_path
+from haste_launch import cli
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HASTE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = cli.main(["plan", *words])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_memory_is_told_and_time_only_where_it_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["bert-base", "--labels", "10M", "--texts", "1M", "--gpu", "h100", "--gpus", "2"]
+    status, out, _ = run(capsys, *line)
+    assert status == 0
+    assert "GiB on each of 2 NVIDIA H100 80GB HBM3s, 10,000,000 labels" in out
+    assert "time: not measured on NVIDIA H100 80GB HBM3: run haste scale there" in out
+    assert "fits: " in out
+    fit([{**row, "device": "NVIDIA H100 80GB HBM3"} for row in study()]).save(kept_path("NVIDIA H100 80GB HBM3"))
+    status, out, _ = run(capsys, *line)
+    assert "a step: " in out
+    assert "an epoch: " in out
+    assert "1,954 steps" in out
+    assert "assumed: " in out
+    assert "not measured on" not in out
+
+
+def test_a_run_that_does_not_fit_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "bert-base", "--labels", "1B", "--gpu", "h100", "--gpus", "2")
+    assert status == 2
+    assert "output weights" in out
+    assert err.count("\n") == 1
+    assert "each of 2 GPUs would need " in err
+    assert "launch.ranks=" in err
+
+
+def test_prepared_data_say_labels_texts_and_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_prepared(tmp_path)
+    save_config(config, tmp_path / "c.yaml")
+    status, out, _ = run(capsys, str(tmp_path / "c.yaml"))
+    assert status == 0
+    assert "GiB on each of 1 cpu, 101 labels" in out
+    assert "not measured on cpu" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gpu", "h900", "--labels", "1M"], "--gpu h900: its memory is not known"),
+        (["--gpu", "h100"], "or plan without data: --labels L --texts T"),
+        (["--gpu", "h100", "--labels", "no"], "--labels no: a whole number such as"),
+        (["--gpu", "h100", "--labels", "1M", "--model", "none.json"], "none.json: no such file"),
+    ],
+)
+def test_wrong_words_are_told_in_one_line(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "bert-base", *words)
+    assert status == 2
+    assert says in err
+    assert err.count("\n") == 1
