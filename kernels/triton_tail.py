@@ -41,22 +41,19 @@ class TailConfig:
     stages: int
     registers: int | None = None  # fewer let more programs share a processor; too few spill
     ahead: int = 0  # how many groups ahead a program asks the cache for another's weights
-    near: bool = False  # gathers by way of the first-level cache, whose use is a matter of luck: programs are at different batch tiles
 
 
-# Fastest of about sixty on an H100 (Triton 3.6, D = 768, F = 64, N = 512, bfloat16), by G. LOG.md tells what the others took.
+# Fastest on an H100 (Triton 3.6, D = 768, F = 64, N = 512, bfloat16), by G. LOG.md tells what the others took.
 TABLE = {
     16: TailConfig(64, False, 4, 3, 112),
-    32: TailConfig(64, False, 4, 2, 128),
-    64: TailConfig(32, True, 4, 3, 128),
+    32: TailConfig(64, False, 4, 3, 128),
+    64: TailConfig(64, True, 4, 3, 168),
     128: TailConfig(32, True, 8, 2),
 }
 CANDIDATES = tuple(
-    TailConfig(batch, rows_first, 4, stages, registers, ahead, near)
+    TailConfig(batch, rows_first, 4, stages, registers, ahead)
     for batch, rows_first in ((32, True), (64, True), (64, False))
-    for stages, registers in product((2, 3), (168, 128, 112))
-    for ahead, near in ((0, False), (0, True), (512, False))
-    if not ahead or registers == 112
+    for stages, registers, ahead in (*product((2, 3), (168, 128, 112), (0,)), (3, 128, 512), (2, 112, 512))
 )
 
 
@@ -69,7 +66,7 @@ def default_config(size: int, fan_in: int, n: int) -> TailConfig:
 
 @triton.jit
 def _tile(
-    read_FB, CACHE: tl.constexpr, w_GF, b, y_GB, real_r, real_b, dw, db, total,
+    read_FB, w_GF, b, y_GB, real_r, real_b, dw, db, total,
     BCE: tl.constexpr, ROWS_FIRST: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
     """One group, one batch tile: adds to dW, to the biases' gradient and to the loss; returns them and dx_FB, unscaled.
@@ -77,7 +74,7 @@ def _tile(
     ``y_GB``, ``real_r`` and ``real_b`` may be None: no positives, no padded rows, no batch rows beyond N.
     """
     AXIS: tl.constexpr = 1 if ROWS_FIRST else 0  # of the batch
-    xg_FB = tl.load(read_FB, cache_modifier=CACHE)
+    xg_FB = tl.load(read_FB)
     if ROWS_FIRST:
         z = tl.dot(w_GF, xg_FB, input_precision="ieee")
         y = y_GB
@@ -172,7 +169,6 @@ def _tail_step(
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
     WARPS: tl.constexpr,
-    NEAR: tl.constexpr,
 ):
     group = first_group + tl.program_id(0)
     r = tl.arange(0, G)
@@ -199,7 +195,6 @@ def _tail_step(
     real_r = group * G + r < rows
     begin = tl.load(positive_bounds + group).to(tl.int32)
     end = tl.load(positive_bounds + group + 1).to(tl.int32)
-    CACHE: tl.constexpr = ".ca" if NEAR else ""
     dw = tl.zeros((G, F_PADDED) if ROWS_FIRST else (F_PADDED, G), tl.float32)
     db = tl.zeros((G,) if ROWS_FIRST else (B, G), tl.float32)
     total = 0.0
@@ -214,7 +209,7 @@ def _tail_step(
         for start in tl.range(0, n, B, num_stages=STAGES):
             real_b = start + tl.arange(0, B) < n if RAGGED else None
             dx_FB, dw, db, total = _tile(
-                read + start, CACHE, w_GF, b, None, None, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
+                read + start, w_GF, b, None, None, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
             )  # fmt: skip
             _scatter(write + start, dx_FB, real_fb, A, SCRATCH)
     else:
@@ -223,7 +218,7 @@ def _tail_step(
             real_b = batch < n if RAGGED else None
             y_GB = tiles.targets(positive_row, positive_batch, begin, end, group * G + r, batch, tiles.POSITIVES)
             dx_FB, dw, db, total = _tile(
-                read + start, CACHE, w_GF, b, y_GB, real_r, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
+                read + start, w_GF, b, y_GB, real_r, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
             )  # fmt: skip
             _scatter(write + start, dx_FB, real_fb, A, SCRATCH)
     if not ROWS_FIRST:
@@ -309,8 +304,7 @@ def tail_step(
             args.weight_decay, args.momentum, args.step, args.seed & 0xFFFFFFFF, args.seed >> 32,
             G=size, F=fan_in, F_PADDED=triton.next_power_of_2(fan_in), B=config.batch, BCE=args.loss == "bce",
             ROWS_FIRST=config.rows_first, RAGGED=padded != n, SCRATCH=args.deterministic, STAGES=config.stages, AHEAD=config.ahead,
-            WARPS=config.warps, NEAR=config.near, num_warps=config.warps,
-            **({} if config.registers is None else {"maxnreg": config.registers}),
+            WARPS=config.warps, num_warps=config.warps, **({} if config.registers is None else {"maxnreg": config.registers}),
         )  # fmt: skip
 
     dx_ND = torch.empty(n, width, dtype=torch.float32, device=device)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 TOOLS = ("memcheck", "racecheck", "synccheck")
 SCRIPT = Path(__file__).with_name("every_kernel.py")
 KERNELS = Path(__file__).parents[2] / "kernels"
-JIT = re.compile(r"^@(?:triton\.)?jit.*\ndef (\w+)\((?:\n|.*#)", re.MULTILINE)  # a kernel's pointers stand on lines of their own
+JIT = re.compile(r"^@(?:triton\.)?jit.*\ndef (\w+)\(\n    \w+,  # ", re.MULTILINE)  # a kernel's first argument is described beside it
 
 
 def start(*before: str) -> subprocess.Popen[str]:
