@@ -6,7 +6,6 @@ rows and columns in the order in which the threads happen to hold them: the resh
 neither shared memory nor a barrier is needed. A warp works alone, on R labels of one group, called a unit:
 
     forward      z_BR  = x_FB^T W_RF^T + b           x's batch tile stays in the first-level cache while all groups pass by
-    grad_x       dx_FB += W_RF^T dz_BR^T             R = G; atomic additions of 16 bytes, neighbouring batch rows
     grad_weight  dW_RF = sum over tiles dz_BR^T x_FB^T, and the biases' gradient
 
 Letters: N batch rows, B of them a tile, D embedding width, T groups, G labels a group, R of them a unit, U units a group, F fan-in
@@ -170,80 +169,6 @@ def forward(
                 z_SBR += gl.load(bias + row, mask=real, other=0.0).to(gl.float32)
             batch = tile * B + b_z
             gl.store(out + batch.to(gl.int64) * rows + row, z_SBR.to(out.dtype.element_ty), mask=real & (batch < n))
-
-
-@layout
-def grad_x_dz(S, B, G, warps):
-    """dz_SBG: q counts quarters of the labels, r batch rows in fours."""
-    registers = _bits(2, 1, G // 4) + _bits(1, 1, 4) + _bits(1, 32, B)
-    return _layout([S, B, G], registers, _bits(2, G // 4, G) + _bits(1, 4, 32), warps)
-
-
-@layout
-def grad_x_w(S, G, F, warps):
-    """w_SGF: q counts quarters of the labels, r eighths of the features."""
-    registers = _bits(2, 1, F // 8) + _bits(1, 1, G // 4)
-    return _layout([S, G, F], registers, _bits(1, G // 4, G) + _bits(2, F // 8, F), warps)
-
-
-@layout
-def grad_x_dx(S, F, B, warps):
-    """dx_SFB as the product leaves it: four neighbouring batch rows a thread."""
-    registers = _bits(2, 1, 4) + _bits(1, 1, F // 8) + _bits(1, F // 8, F // 4) + _bits(2, 32, B)
-    return _layout([S, F, B], registers, _bits(1, F // 4, F) + _bits(2, 4, 32), warps)
-
-
-@jit(do_not_specialize=["n", "groups"])
-def grad_x(
-    dz,  # (N, L) half, in
-    weight,  # (T, G, F) half or float32, in
-    index,  # (T, F) int16 or int32, in
-    dx,  # (D, NP) float32, added to: the gradient, transposed
-    n,
-    stride,  # NP
-    rows,  # L
-    groups,  # T
-    stride_dz,
-    G: tl.constexpr,
-    G_PADDED: tl.constexpr,
-    F: tl.constexpr,
-    F_PADDED: tl.constexpr,
-    S: tl.constexpr,
-    B: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    LZ: tl.constexpr = grad_x_dz(S, B, G_PADDED, WARPS)
-    LW: tl.constexpr = grad_x_w(S, G_PADDED, F_PADDED, WARPS)
-    LX: tl.constexpr = grad_x_dx(S, F_PADDED, B, WARPS)
-    first = gl.program_id(0) * S
-    g_w = gl.expand_dims(gl.expand_dims(gl.arange(0, G_PADDED, along(LW, 1)), 0), 2)
-    f_w = gl.expand_dims(gl.expand_dims(gl.arange(0, F_PADDED, along(LW, 2)), 0), 1)
-    group = first + gl.expand_dims(gl.expand_dims(gl.arange(0, S, along(LW, 0)), 1), 2)
-    row = group.to(gl.int64) * G + g_w
-    real = (row < rows) & (g_w < G) & (f_w < F)
-    w_SGF = gl.load(weight + row * F + f_w, mask=real, other=0.0).to(dz.dtype.element_ty)
-    b = gl.permute(gl.reshape(w_SGF, (S, 4, G_PADDED // 16, 2, 2, 8, F_PADDED // 8)), (0, 2, 3, 1, 4, 6, 5))
-    b = gl.convert_layout(gl.reshape(b, (S, G_PADDED, F_PADDED)), operand(1, WARPS))
-    f_x = gl.expand_dims(gl.expand_dims(gl.arange(0, F_PADDED, along(LX, 1)), 0), 2)
-    b_x = gl.expand_dims(gl.expand_dims(gl.arange(0, B, along(LX, 2)), 0), 1)
-    group = first + gl.expand_dims(gl.expand_dims(gl.arange(0, S, along(LX, 0)), 1), 2)
-    real_x = (group < groups) & (f_x < F)
-    idx = gl.load(index + group.to(gl.int64) * F + f_x, mask=real_x, other=0).to(gl.int32)
-    to = dx + idx * stride + b_x
-    b_z = gl.expand_dims(gl.expand_dims(gl.arange(0, B, along(LZ, 1)), 0), 2)
-    g_z = gl.expand_dims(gl.expand_dims(gl.arange(0, G_PADDED, along(LZ, 2)), 0), 1)
-    group = first + gl.expand_dims(gl.expand_dims(gl.arange(0, S, along(LZ, 0)), 1), 2)
-    row = group.to(gl.int64) * G + g_z
-    real_z = (row < rows) & (g_z < G)
-    for start in range(0, n, B):
-        batch = start + b_z
-        dz_SBG = gl.load(dz + batch.to(gl.int64) * stride_dz + row, mask=real_z & (batch < n), other=0.0)
-        a = gl.permute(gl.reshape(dz_SBG, (S, B // 32, 8, 2, 2, 4, G_PADDED // 16, 2, 2)), (0, 1, 3, 4, 2, 6, 7, 5, 8))
-        a = gl.convert_layout(gl.reshape(a, (S, B, G_PADDED)), operand(0, WARPS))
-        c = mma_v2(a, b, gl.zeros((S, B, F_PADDED), gl.float32, mma_layout(WARPS)))
-        c = gl.permute(gl.reshape(c, (S, B // 32, 2, 2, 8, F_PADDED // 8, 8)), (0, 6, 5, 1, 4, 2, 3))
-        c_SFB = gl.convert_layout(gl.reshape(c, (S, F_PADDED, B)), LX)
-        gl.atomic_add(to + start, c_SFB, mask=real_x, sem="relaxed")
 
 
 @layout

@@ -23,6 +23,8 @@ from haste_kernels.chunks import spans
 from haste_kernels.products import bmm, operand_dtype
 from haste_kernels.rewire import index_dtype, random_features
 
+AUTOCAST = ("cuda", "cpu")  # devices with the rule below; torch.compile does not see through torch's own question before torch 2.12
+
 
 @torch.library.custom_op("haste::group_shared_linear", mutates_args=())
 def group_shared_linear(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, rows: int) -> Tensor:
@@ -198,8 +200,8 @@ def _autocast_on(device: str, key: str) -> None:
     _library.impl("group_shared_linear", rule, key)
 
 
-_autocast_on("cuda", "AutocastCUDA")
-_autocast_on("cpu", "AutocastCPU")
+for _device in AUTOCAST:
+    _autocast_on(_device, f"Autocast{_device.upper()}")
 
 
 # ---- Modules
@@ -256,7 +258,7 @@ class GroupSharedLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the input has {x.shape[-1]} features; in_features={self.in_features}")
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        if device in AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             # The operation's own rule would do it too, but unseen by torch.compile, whose cache mixes up graphs of two such types.
             x = x.to(torch.get_autocast_dtype(device))
         weight = self.weight.view(-1, self.group_size, self.fan_in)

@@ -3,7 +3,7 @@
     z_NL[:, group] = x_DN[index]^T W^T + b       dx_DN[index] += W^T dz^T       dW = dz^T x_DN[index]^T
 
 x is transposed once, so that a gathered feature is one run of batch values; dx is summed so too, in float32, by the cache's atomic
-additions. Half-precision products have faster kernels in gluon_linear.py, labels of their own (G = 1) others in triton_fan_in.py.
+additions. In half precision two of them have faster kernels in gluon_linear.py; labels of their own (G = 1) others in triton_fan_in.py.
 
 Letters: N batch rows, B of them a tile, D input features, T groups, G labels a group, S groups a program, F fan-in, L labels.
 """
@@ -59,7 +59,7 @@ CONFIGS: dict[Op, tuple[LinearConfig, ...]] = {
         ),
         PLAIN,
     ),
-    "grad_x": (*(LinearConfig(batch, 0, warps, warps) for batch in (32, 64) for warps in (1, 4, 8)), PLAIN),
+    "grad_x": (PLAIN, *(LinearConfig(batch, warps=warps, gluon=False) for batch, warps in ((32, 4), (64, 4), (128, 8)))),
     "grad_weight": (
         *(
             LinearConfig(batch, labels, units, warps)
@@ -87,12 +87,13 @@ def choice(op: Op, size: int, fan_in: int, x: Tensor) -> LinearConfig:
 
 def default_config(op: Op, size: int, fan_in: int, x: Tensor) -> LinearConfig:
     """A sound choice where nothing was measured. A warp's share of a product must fit its registers."""
-    fits = {"forward": True, "grad_x": size <= 128 and size * fan_in <= 8192, "grad_weight": fan_in <= 128}[op]
-    if not (fits and _tensor_cores(x)):
+    if op == "grad_x" or (op == "grad_weight" and fan_in > 128) or not _tensor_cores(x):
         return PLAIN if x.dtype in HALF else PLAIN_FLOAT
-    labels = 32 if size > 16 and fan_in <= 64 else 16
-    table = {"forward": LinearConfig(64, labels, registers=168), "grad_x": LinearConfig(32), "grad_weight": LinearConfig(32, labels)}
-    return table[op]
+    if op == "grad_weight":
+        return LinearConfig(32, 16 if fan_in > 64 else max(16, min(64, triton.next_power_of_2(size))))
+    if size <= 16 or fan_in > 64:
+        return LinearConfig(64, registers=168)
+    return LinearConfig(64, 32, registers=255) if size <= 32 else LinearConfig(64, 32, 8, 8, 168)
 
 
 def _tensor_cores(x: Tensor) -> bool:
@@ -272,12 +273,6 @@ def grad_x(dz: Tensor, weight: Tensor, index: Tensor, width: int, config: Linear
         dx_DN = torch.zeros(width, padded, dtype=torch.float32, device=dz.device)
         if size == 1:
             triton_fan_in.grad_x(dz, weight, index, dx_DN)
-        elif config.gluon:
-            gluon_linear.grad_x[(triton.cdiv(groups, config.units),)](
-                dz, weight, index, dx_DN, n, padded, rows, groups, dz.stride(0),
-                G=size, G_PADDED=_power(size), F=fan_in, F_PADDED=_power(fan_in, 32), S=config.units, B=config.batch, WARPS=config.warps,
-                num_warps=config.warps, maxnreg=config.registers,
-            )  # fmt: skip
         else:
             _grad_x[(groups,)](
                 dz, weight, index, dx_DN, n, padded, rows, dz.stride(0),

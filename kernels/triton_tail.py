@@ -12,6 +12,7 @@ Letters: N batch rows, B of them a tile, D embedding width, T groups, G rows a g
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 import triton
@@ -42,19 +43,17 @@ class TailConfig:
     ahead: int = 0  # how many groups ahead a program asks the cache for another's weights
 
 
-# Fastest of about sixty on an H100 (Triton 3.6, D = 768, F = 64, N = 512, bfloat16), by G. LOG.md tells what the others took.
+# Fastest on an H100 (Triton 3.6, D = 768, F = 64, N = 512, bfloat16), by G. LOG.md tells what the others took.
 TABLE = {
     16: TailConfig(64, False, 4, 3, 112),
-    32: TailConfig(64, False, 4, 2, 128),
-    64: TailConfig(32, True, 4, 3, 128),
+    32: TailConfig(64, False, 4, 3, 128),
+    64: TailConfig(64, True, 4, 3, 168),
     128: TailConfig(32, True, 8, 2),
 }
 CANDIDATES = tuple(
     TailConfig(batch, rows_first, 4, stages, registers, ahead)
     for batch, rows_first in ((32, True), (64, True), (64, False))
-    for stages in (2, 3)
-    for registers in (None, 168, 128, 112)
-    for ahead in (0, 512)
+    for stages, registers, ahead in (*product((2, 3), (168, 128, 112), (0,)), (3, 128, 512), (2, 112, 512))
 )
 
 
@@ -66,12 +65,16 @@ def default_config(size: int, fan_in: int, n: int) -> TailConfig:
 
 
 @triton.jit
-def _tile(xg_FB, w_GF, b, y_GB, real_r, real_b, dw, db, total, BCE: tl.constexpr, ROWS_FIRST: tl.constexpr, LOSS: tl.constexpr):
+def _tile(
+    read_FB, w_GF, b, y_GB, real_r, real_b, dw, db, total,
+    BCE: tl.constexpr, ROWS_FIRST: tl.constexpr, LOSS: tl.constexpr,
+):  # fmt: skip
     """One group, one batch tile: adds to dW, to the biases' gradient and to the loss; returns them and dx_FB, unscaled.
 
     ``y_GB``, ``real_r`` and ``real_b`` may be None: no positives, no padded rows, no batch rows beyond N.
     """
     AXIS: tl.constexpr = 1 if ROWS_FIRST else 0  # of the batch
+    xg_FB = tl.load(read_FB)
     if ROWS_FIRST:
         z = tl.dot(w_GF, xg_FB, input_precision="ieee")
         y = y_GB
@@ -107,9 +110,21 @@ def _tile(xg_FB, w_GF, b, y_GB, real_r, real_b, dw, db, total, BCE: tl.constexpr
 
 
 @triton.jit
-def _scatter(out, value, mask, SCRATCH: tl.constexpr):
-    """Adds a tile of dx to its features; to scratch memory, which nobody shares, it is only written."""
+def _by_warp(row, A: tl.constexpr):
+    """Of which of dx's rows ``_scatter`` makes ``row``: a product leaves 16 at a time with a warp, which adds A of them at a time."""
+    return row // 64 * 64 + row // A % 4 * 16 + row % 64 // (4 * A) * A + row % A
+
+
+@triton.jit
+def _scatter(out, value, mask, A: tl.constexpr, SCRATCH: tl.constexpr):
+    """Adds a tile of dx to its features; to scratch memory, which nobody shares, it is only written.
+
+    A above 0: rows are first numbered so that each warp adds what it holds. The exchange is then within warps, without a barrier.
+    """
+    F: tl.constexpr = value.shape[0]
     value = value.to(out.dtype.element_ty)
+    if A:
+        value = tl.reshape(tl.permute(tl.reshape(value, (F // 64, 4, 16 // A, A, value.shape[1])), (0, 2, 1, 3, 4)), value.shape)
     if SCRATCH:
         tl.store(out, value, mask=mask)
     else:
@@ -153,6 +168,7 @@ def _tail_step(
     SCRATCH: tl.constexpr,
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     group = first_group + tl.program_id(0)
     r = tl.arange(0, G)
@@ -168,7 +184,9 @@ def _tail_step(
     idx = tl.load(index + group * F + f, mask=real_f, other=0).to(tl.int32)
     at = group * G * F + r[:, None] * F + f[None, :]
     real_rf = tl.broadcast_to(real_f[None, :], (G, F_PADDED))
-    real_fb = tl.broadcast_to(real_f[:, None], (F_PADDED, B))
+    A: tl.constexpr = 4096 // (dx.dtype.element_ty.primitive_bitwidth * B) if WARPS == 4 and F_PADDED >= 64 else 0
+    at_f = _by_warp(f, A) if A else f
+    real_fb = tl.broadcast_to((at_f < F)[:, None], (F_PADDED, B))
     w_GF = tl.load(weight + at, mask=real_rf, other=0.0).to(x.dtype.element_ty)
     if bias is None:
         b = tl.zeros((G,), tl.float32)
@@ -181,9 +199,9 @@ def _tail_step(
     db = tl.zeros((G,) if ROWS_FIRST else (B, G), tl.float32)
     total = 0.0
     if SCRATCH:
-        out = (tl.program_id(0) * F + f).to(tl.int64) * stride
+        out = (tl.program_id(0) * F + at_f).to(tl.int64) * stride
     else:
-        out = idx.to(tl.int64) * stride + tl.program_id(0) % copies * copy_stride
+        out = tl.load(index + group * F + at_f, mask=at_f < F, other=0).to(tl.int64) * stride + tl.program_id(0) % copies * copy_stride
     read = x + idx.to(tl.int64)[:, None] * stride + tl.arange(0, B)[None, :]
     write = dx + out[:, None] + tl.arange(0, B)[None, :]
     # Two loops: most groups have no positive in a batch and no padded rows, and a loop that holds another is not pipelined.
@@ -191,18 +209,18 @@ def _tail_step(
         for start in tl.range(0, n, B, num_stages=STAGES):
             real_b = start + tl.arange(0, B) < n if RAGGED else None
             dx_FB, dw, db, total = _tile(
-                tl.load(read + start), w_GF, b, None, None, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
-            )
-            _scatter(write + start, dx_FB, real_fb, SCRATCH)
+                read + start, w_GF, b, None, None, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
+            )  # fmt: skip
+            _scatter(write + start, dx_FB, real_fb, A, SCRATCH)
     else:
         for start in tl.range(0, n, B, num_stages=1):
             batch = start + tl.arange(0, B)
             real_b = batch < n if RAGGED else None
             y_GB = tiles.targets(positive_row, positive_batch, begin, end, group * G + r, batch, tiles.POSITIVES)
             dx_FB, dw, db, total = _tile(
-                tl.load(read + start), w_GF, b, y_GB, real_r, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
-            )
-            _scatter(write + start, dx_FB, real_fb, SCRATCH)
+                read + start, w_GF, b, y_GB, real_r, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
+            )  # fmt: skip
+            _scatter(write + start, dx_FB, real_fb, A, SCRATCH)
     if not ROWS_FIRST:
         dw = tl.trans(dw)
         db = tl.sum(db, 0)
@@ -286,7 +304,7 @@ def tail_step(
             args.weight_decay, args.momentum, args.step, args.seed & 0xFFFFFFFF, args.seed >> 32,
             G=size, F=fan_in, F_PADDED=triton.next_power_of_2(fan_in), B=config.batch, BCE=args.loss == "bce",
             ROWS_FIRST=config.rows_first, RAGGED=padded != n, SCRATCH=args.deterministic, STAGES=config.stages, AHEAD=config.ahead,
-            num_warps=config.warps, **({} if config.registers is None else {"maxnreg": config.registers}),
+            WARPS=config.warps, num_warps=config.warps, **({} if config.registers is None else {"maxnreg": config.registers}),
         )  # fmt: skip
 
     dx_ND = torch.empty(n, width, dtype=torch.float32, device=device)

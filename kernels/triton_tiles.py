@@ -17,24 +17,36 @@ POSITIVES = tl.constexpr(16)  # positives that one small matrix product places i
 
 
 @triton.jit
-def random_halves(row, first_column, step, seed_low, seed_high, STREAM: tl.constexpr, C: tl.constexpr):
-    """(R, C) uint32 of 16 random bits for global ``row`` (R, int64) and C columns: one generator call serves 8 of them."""
-    high = ((row >> 32).to(tl.uint32) | (STREAM << 16))[:, None]
-    block = (first_column // 8 + tl.arange(0, C // 8)).to(tl.uint32)[None, :]
-    block, low = tl.broadcast(block, row.to(tl.uint32)[:, None])
+def random_halves(row, block, step, seed_low, seed_high, STREAM: tl.constexpr):
+    """(R, C / 8, 2, 2, 2) uint32 of 16 random bits for global ``row`` (R, 1) int64 and each ``block`` (1, C / 8) of eight columns.
+
+    The last axes are the column in its block, high bit first: one generator call serves 8 of them.
+    """
+    high = (row >> 32).to(tl.uint32) | (STREAM << 16)
+    block, low = tl.broadcast(block.to(tl.uint32), row.to(tl.uint32))
     nothing = block & 0
     low_key, high_key = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
     a, b, c, d = tl.philox_impl(block, low, nothing + high, nothing + step.to(tl.uint32), low_key, high_key, ROUNDS)
-    words = tl.join(tl.join(a, c), tl.join(b, d))  # (R, C / 8, 2, 2): word 2 i + j at [i, j]
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (row.shape[0], C))
+    words = tl.join(tl.join(a, c), tl.join(b, d))  # word 2 i + j at [..., i, j]
+    return tl.join(words & 0xFFFF, words >> 16)
+
+
+@triton.jit
+def cut(value, half):
+    """Float32 to bfloat16 after ``half``, 16 random bits, is added below what is kept; NaN stays."""
+    bits = (value.to(tl.uint32, bitcast=True) + half) >> 16
+    return tl.where(value == value, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), value.to(tl.bfloat16))
 
 
 @triton.jit
 def rounded(value, row, first_column, step, seed_low, seed_high, STREAM: tl.constexpr):
-    """Float32 (R, C) to bfloat16, up or down at random with the exact mean; what bfloat16 holds, infinity and NaN stay."""
-    half = random_halves(row, first_column, step, seed_low, seed_high, STREAM, value.shape[1])
-    bits = (value.to(tl.uint32, bitcast=True) + half) >> 16
-    return tl.where(value == value, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), value.to(tl.bfloat16))
+    """Float32 (R, C) to bfloat16, up or down at random with the exact mean; what bfloat16 holds, infinity and NaN stay.
+
+    ``row`` (R,) int64: global rows; ``first_column`` a multiple of 8.
+    """
+    block = first_column // 8 + tl.arange(0, value.shape[1] // 8)
+    half = random_halves(row[:, None], block[None, :], step, seed_low, seed_high, STREAM)
+    return cut(value, tl.reshape(half, value.shape))
 
 
 @triton.jit
@@ -109,17 +121,34 @@ def targets(positive_row, positive_batch, first, last, row, batch, POSITIVES_PER
 
 @triton.jit
 def sigmoid(z):
-    """1 / (1 + e^-z) to a few parts in 10^7, small values too (which the chip's tanh would lose), by two special functions."""
+    """1 / (1 + e^-z) to a few parts in 10^7, small values too (which the chip's tanh would lose), but none below 2^-62.
+
+    Special functions are few: two values take three, for 1 / a and 1 / b are b / ab and a / ab.
+    """
     if INTERPRETED:
         p = 1.0 / (1.0 + tl.exp(-z))
     else:
         p = tl.inline_asm_elementwise(
-            "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
-            "=f,f",
+            """{
+            .reg .f32 a, b, r;
+            mul.f32 a, $2, 0fBFB8AA3B;
+            mul.f32 b, $3, 0fBFB8AA3B;
+            min.NaN.f32 a, a, 0f42780000;
+            min.NaN.f32 b, b, 0f42780000;
+            ex2.approx.ftz.f32 a, a;
+            ex2.approx.ftz.f32 b, b;
+            add.f32 a, a, 0f3F800000;
+            add.f32 b, b, 0f3F800000;
+            mul.f32 r, a, b;
+            rcp.approx.ftz.f32 r, r;
+            mul.f32 $0, r, b;
+            mul.f32 $1, r, a;
+            }""",
+            "=f,=f,f,f",
             [z],
             dtype=tl.float32,
             is_pure=True,
-            pack=1,
+            pack=2,
         )
     return p
 

@@ -213,12 +213,12 @@ def through_kernels(given: dict[str, Any], forward: Any, dx: Any, dw: Any) -> tu
 @pytest.mark.parametrize(
     ("n", "width", "rows", "fan_in", "size", "units", "bias"),
     [
-        (70, 40, 100, 20, 16, (4, 4, 4), True),
-        (128, 40, 96, 32, 16, (8, 2, 4), False),  # nothing ragged
-        (200, 40, 50, 16, 16, (2, 4, 2), True),  # more batch tiles than the interpreter has multiprocessors
-        (133, 40, 70, 33, 24, (3, 2, 2), True),  # labels and fan-in that are no power of two
-        (65, 90, 130, 64, 64, (2, 1, 2), True),
-        (3, 40, 4, 8, 5, (4, 4, 4), True),  # less than one group
+        (70, 40, 100, 20, 16, (4, 4), True),
+        (128, 40, 96, 32, 16, (8, 4), False),  # nothing ragged
+        (200, 40, 50, 16, 16, (2, 2), True),  # more batch tiles than the interpreter has multiprocessors
+        (133, 40, 70, 33, 24, (3, 2), True),  # labels and fan-in that are no power of two
+        (65, 90, 130, 64, 64, (2, 2), True),
+        (3, 40, 4, 8, 5, (4, 4), True),  # less than one group
     ],
 )
 def test_tensor_core_kernels(n: int, width: int, rows: int, fan_in: int, size: int, units: tuple[int, ...], bias: bool) -> None:
@@ -232,8 +232,8 @@ def test_tensor_core_kernels(n: int, width: int, rows: int, fan_in: int, size: i
     got = through_kernels(
         given,
         LinearConfig(64, labels, 1 << units[0].bit_length() - 1, 1, 255),
-        LinearConfig(32, 0, units[1], 1),
-        LinearConfig(64 if n > 64 else 32, labels, units[2], 1),
+        LinearConfig(32, gluon=False),
+        LinearConfig(64 if n > 64 else 32, labels, units[1], 1),
     )
     assert_near(got, dense(**given))
 

@@ -98,7 +98,7 @@ def test_a_step_is_as_exact_as_plain_torch(case: tuple, sums: str) -> None:
             assert distance(getattr(mine, name), getattr(truth, name)) < 4e-3, name
 
 
-@pytest.mark.parametrize("config", [*TABLE.values(), *CANDIDATES[::7], TailConfig(128, False, 8, 1)], ids=str)
+@pytest.mark.parametrize("config", [*TABLE.values(), *CANDIDATES[::5], TailConfig(128, False, 8, 1)], ids=str)
 def test_every_tile_gives_the_same_step(config: TailConfig) -> None:
     x_ND, tail, positives = make(300, 384, 40, 32, 64, 0.003, 7, torch.float32, True)
     tail.weight = tail.weight.bfloat16()
@@ -156,6 +156,17 @@ def test_long_sums_are_cut_into_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(tail.weight, whole.weight)
     assert distance(cut, true_dx) < 4e-3
     assert distance(short, true_dx) < 4e-3
+
+
+def test_a_feature_that_every_group_reads_is_still_summed_well() -> None:
+    """Its float16 runs are D / F = 12 times as long as RUN: LOG.md has the error that comes of it."""
+    x_ND, tail, positives = make(256, 768, 4096, 16, 64, 1e-4, 0, torch.bfloat16, True)
+    tail.index[:, 0] = 0
+    truth = copy.deepcopy(tail)
+    dx, _ = tail_step(x_ND, positives, tail, ARGS)
+    true_dx, _ = reference.tail_step(x_ND, positives, truth, ARGS)
+    assert distance(dx[:, 0], true_dx[:, 0]) < 1.5e-2
+    assert distance(dx[:, 1:], true_dx[:, 1:]) < 4e-3
 
 
 def test_memory_is_the_states_and_little_more() -> None:

@@ -1,0 +1,111 @@
+"""Launches every kernel on small ragged shapes; for compute-sanitizer, see test_sanitizer_gpu.py. Says how many launches that were."""
+
+import itertools
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from haste_kernels import (
+    HeadState,
+    Positives,
+    StepArgs,
+    TailState,
+    head_step,
+    random_features,
+    tail_step,
+    topk,
+    triton_head,
+    triton_linear,
+    triton_tail,
+)
+
+CUDA = torch.device("cuda")
+N, WIDTH, FAN_IN = 70, 72, 48  # no multiples of a tile
+ARGS = StepArgs(lr=0.05, scale=0.25, momentum=0.9, weight_decay=1e-3, seed=2**40 + 3, step=9)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def normal(*shape: int, dtype: torch.dtype | None = FP32) -> Tensor | None:
+    return None if dtype is None else torch.randn(*shape).to(dtype).to(CUDA)
+
+
+def positives(rows: int, times: int) -> Positives:
+    """A few pairs of them, each ``times`` times."""
+    row, batch = (torch.rand(rows, N) < 0.02).nonzero(as_tuple=True)
+    return Positives(batch.repeat_interleave(times).to(CUDA), row.repeat_interleave(times).to(CUDA))
+
+
+def tail_state(size: int, fan_in: int, dtype: torch.dtype, momentum: torch.dtype | None, bias: bool, groups: int = 5) -> TailState:
+    index = random_features(0, groups, WIDTH, fan_in, 7, CUDA)
+    biases = normal(groups, size) if bias else None, normal(groups, size) if bias and momentum else None
+    weight, kept = normal(groups, size, fan_in, dtype=dtype), normal(groups, size, fan_in, dtype=momentum)
+    return TailState(weight, index, kept, *biases, 2**33, groups * size - 3, 0)
+
+
+def tails() -> None:
+    x_ND = normal(N, WIDTH, dtype=BF16)
+    summed = [replace(ARGS, half_sums=half, deterministic=fixed) for half, fixed in ((True, False), (False, False), (False, True))]
+    for args, rows_first in itertools.product(summed, (True, False)):
+        tail = tail_state(16, FAN_IN, BF16, BF16, True)
+        triton_tail.tail_step(x_ND, positives(tail.rows, 1), tail, args, True, triton_tail.TailConfig(32, rows_first, 4, 2))
+    for size, fan_in, momentum, bias, times, loss in (
+        (16, 64, None, False, 0, "bce"), (32, 32, FP32, True, 2, "squared_hinge"),
+        (64, 64, BF16, True, 1, "bce"), (128, 16, BF16, False, 2, "bce"),
+    ):  # fmt: skip
+        tail = tail_state(size, fan_in, BF16, momentum, bias)
+        tail_step(x_ND, positives(tail.rows, times), tail, replace(ARGS, loss=loss))
+    tail = tail_state(16, 16, FP32, FP32, True)
+    tail_step(x_ND.float(), positives(tail.rows, 1), tail, ARGS)
+
+
+def heads() -> None:
+    triton_head.CHUNK_BYTES = 2 * N * 150  # two chunks and more
+    for dtype, momentum, bias, times in ((BF16, BF16, True, 2), (BF16, None, False, 0), (FP32, FP32, True, 1)):
+        head = HeadState(
+            normal(300, WIDTH, dtype=dtype), normal(300, WIDTH, dtype=momentum), normal(300) if bias else None,
+            normal(300) if bias and momentum else None, 3,
+        )  # fmt: skip
+        head_step(normal(N, WIDTH, dtype=dtype), positives(300, times), head, ARGS, want_loss=bias)
+
+
+def best() -> None:
+    for dtype, size, k in ((BF16, 16, 5), (BF16, 64, 100), (FP32, 32, 1)):
+        x_ND = normal(N, WIDTH, dtype=dtype)
+        head = HeadState(normal(600, WIDTH, dtype=dtype), None, normal(600), None, 0)
+        topk(x_ND, x_ND, head, tail_state(size, FAN_IN, dtype, None, True, 2400 // size), k)
+
+
+def layers() -> None:
+    for size, fan_in in ((1, FAN_IN), (12, FAN_IN), (16, 64), (64, 64)):
+        tail = tail_state(size, fan_in, BF16, None, True, 7)
+        x, bias = normal(N, WIDTH, dtype=BF16), tail.bias.view(-1)[: tail.rows] if size > 1 else tail.bias.view(-1)
+        rows = len(bias)
+        dz = normal(N, rows, dtype=BF16)
+        for config in (None, triton_linear.PLAIN):
+            triton_linear.forward(x, tail.weight, tail.index, bias, rows, config)
+            triton_linear.grad_x(dz, tail.weight, tail.index, WIDTH, config)
+            triton_linear.grad_weight(dz, x, tail.index, torch.empty_like(tail.weight), config)
+            if size == 1:
+                break
+
+
+def main() -> None:
+    launched: set[str] = set()
+    run = triton.JITFunction.run
+
+    def noted(self: triton.JITFunction, *args: object, **kwargs: object) -> object:
+        launched.add(f"{self.fn.__module__.split('.')[-1]}.{self.fn.__name__}")
+        return run(self, *args, **kwargs)
+
+    triton.JITFunction.run = noted
+    torch.manual_seed(0)
+    for part in (tails, heads, best, layers):
+        part()
+        torch.cuda.synchronize()
+    print(f"{len(launched)} kernels:", *sorted(launched))
+
+
+if __name__ == "__main__":
+    main()
