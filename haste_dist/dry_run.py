@@ -28,7 +28,6 @@ class EncoderNeeds:
 
     parameters: int  # P
     trained: int  # of them
-    largest: int  # of the trained ones, in one tensor
     width: int
     forward: int  # most that lives during the forward pass
     kept: int  # what lives between the passes
@@ -71,8 +70,7 @@ def _dry_run(key: tuple[Any, ...], vocabulary: int, pad_id: int, rows: int, toke
     work = encoder_work(encoder)
     total = sum(p.numel() for p in encoder.parameters())
     trained = [p.numel() for p in encoder.parameters() if p.requires_grad]
-    largest, width = max(trained, default=0), encoder.width
-    return EncoderNeeds(total, sum(trained), largest, width, forward, kept, backward, scoring, work, rows, dtype.itemsize)
+    return EncoderNeeds(total, sum(trained), encoder.width, forward, kept, backward, scoring, work, rows, dtype.itemsize)
 
 
 def dry_run(config: EncoderConfig, vocabulary: int, pad_id: int, rows: int, tokens: int, dtype: torch.dtype) -> EncoderNeeds:

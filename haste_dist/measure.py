@@ -37,7 +37,7 @@ from haste_dist.meters import STAGES, StageTimes, encoder_work, watched_by
 from haste_dist.records import package_version, stamp
 from haste_dist.rewire import rewire
 from haste_dist.runlog import RunLog
-from haste_dist.sharding import batch_share, label_shard
+from haste_dist.sharding import label_shard
 from haste_dist.step import predict_batch, train_step
 from haste_dist.study import QUANTILES, Point, Row, add_row, append_records, missing, read_study
 from haste_dist.synthetic import LabelLaw, synthetic_batch
@@ -86,10 +86,7 @@ def measure_points(
             if _agree(wants_stop(), world):
                 return
             page = point.config(config)
-            if bench is None or bench.rows != batch_share(point.batch, world.size, world.rank)[2]:
-                bench = None
-                _free(world.device)
-                bench = Bench(page, world, point.batch)
+            bench = bench or Bench(page, world)
             began = time.perf_counter()
             key = {**point.key(config, law), "device": device_name(world.device)}
             try:
@@ -114,13 +111,12 @@ def device_name(device: torch.device) -> str:
 class Bench:
     """The encoder of a study; every point puts another output layer on it."""
 
-    def __init__(self, config: Config, world: World, batch: int):
+    def __init__(self, config: Config, world: World):
         self.world = world
-        self.rows = batch_share(batch, world.size, world.rank)[2]
         torch.manual_seed(config.run.seed)
         self.encoder: Encoder = build_encoder(config.encoder, VOCABULARY, 0, config.data.max_length, pretrained=False)
         self.work = encoder_work(self.encoder)  # before an engine has taken the weights
-        self.engine = EncoderEngine(self.encoder, config.encoder, world, self.rows)
+        self.engine = EncoderEngine(self.encoder, config.encoder, world)
 
     def measure(self, config: Config, point: Point, law: LabelLaw, effort: Effort) -> Row:
         """The figures of one point; of the slowest and fullest rank where ranks differ."""

@@ -24,10 +24,9 @@ HALF = 2  # bytes of bfloat16
 # Numbers of the kernels, which cannot be imported where Triton is not installed; tests/test_memory.py compares them.
 TILE = 64  # most batch rows of a tile
 RUN, COPIES_BYTES, SCRATCH_BYTES = 128, 24 << 20, 256 << 20  # triton_tail.py: float16 copies of dx, the deterministic mode
-HEAD_BYTES, HEAD_ROWS = 48 << 20, 16  # triton_head.py: a chunk
+HEAD_BYTES = 64 << 20  # triton_head.py: a chunk's dz
 TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN = 128 << 20, 4096, 16, 256  # triton_topk.py: block maxima of a chunk
 PLAIN_BYTES = {"cuda": 1 << 30, "cpu": 8 << 20}  # chunks.py: a chunk of plain torch
-BUCKET = 500_000_000  # elements: DeepSpeed's gradient buffer at ZeRO 1 and 2, made anew in each backward pass
 # Not counted: the CUDA context, NCCL's buffers, gaps between blocks of the allocator. This much is kept free for them.
 RESERVE_GIB, RESERVE_SHARE = 1.0, 0.03
 
@@ -104,11 +103,11 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         * (x_bytes + 2)
     }  # fmt: skip
     work = max(_head_workspace(cuda, n, h, head_width, weight, x_bytes), _tail_workspace(config, cuda, n, t, tail_width, weight, x_bytes))
-    bucket, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
+    joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
     phases = {
         "encoder forward": {"activations": needs.forward, "batch": batch["batch"]},
         "output layer": {**batch, **masked, "activations": needs.kept, "kernel workspace": work + 32 * n * facts.most_labels},
-        "encoder backward": {**batch, "activations": needs.backward, "gradient bucket": bucket},
+        "encoder backward": {**batch, "activations": needs.backward, "gradients": joined},
         "optimizer": {**batch, "gradients": gradients, "update": stepping},
         "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size),
         "making the initial weights": {"random numbers": min(1 << 28, 16 * weights) + min(PLAIN_BYTES[facts.device], 64 * t * tail_width)},
@@ -149,16 +148,16 @@ def _optimizer_state(config: Config, needs: EncoderNeeds, x_bytes: int, ranks: i
 
 
 def _gradients(config: Config, needs: EncoderNeeds, x_bytes: int, ranks: int) -> tuple[int, int, int]:
-    """DeepSpeed's buffers: in the backward pass beside the gradients; gradients that wait for the update; what the update makes.
+    """Gradients in the backward pass; those that wait for the update; what the update makes.
 
-    The update flattens a partition's gradients and casts them to float32.
+    Autograd joins the parameters' gradients into the flat one, so that both are there; ZeRO casts a partition of it to float32.
     """
     if config.encoder.frozen:
         return 0, 0, 0
     p = needs.trained
     if config.encoder.zero == 0 and x_bytes != HALF:
-        return x_bytes * (p + needs.largest), x_bytes * p, 0  # gradients stay, so one comes beside its sum
-    return x_bytes * BUCKET, x_bytes * p // ranks, (x_bytes + 4 * (x_bytes == HALF)) * p // ranks
+        return x_bytes * 2 * p, x_bytes * p, 0
+    return x_bytes * 2 * p, x_bytes * p // ranks, (x_bytes + 4 * (x_bytes == HALF)) * p // ranks
 
 
 def _head_workspace(cuda: bool, n: int, rows: int, width: int, weight: int, x_bytes: int) -> int:
@@ -166,12 +165,12 @@ def _head_workspace(cuda: bool, n: int, rows: int, width: int, weight: int, x_by
         return 0
     if not cuda:
         return _chunk("cpu", rows, 4 * (3 * n + 8 * width), 4 * (n + (1 if weight == 4 else 7) * width)) + 4 * n * width
-    half = weight == x_bytes == HALF
-    most = max(HEAD_ROWS, HEAD_BYTES // max(6 * n, 2 * n + 4 * width) // HEAD_ROWS * HEAD_ROWS)
+    item, tile = (HALF, 64) if weight == x_bytes == HALF else (4, 32)
+    most = max(tile, HEAD_BYTES // (item * n) // tile * tile)
     r = min(most, rows)
-    dz = (HALF if half else 4) * r * n
-    operand = 0 if half or weight == 4 else 4 * r * width  # weights are cast where they are not of x's type
-    return 4 * n * width + operand + max(4 * r * n + dz, dz + 4 * max(n, r) * width) + rows * 16 // HEAD_ROWS
+    operand = 0 if item == weight else item * r * width  # weights are cast where they are not of x's type
+    parts = 4 * n * width * (2 if rows > most else 1)  # dx of a chunk beside the sum
+    return parts + operand + r * (item * n + 4 * -(-n // 32)) + 4 * rows // tile
 
 
 def _tail_workspace(config: Config, cuda: bool, n: int, groups: int, width: int, weight: int, x_bytes: int) -> int:
