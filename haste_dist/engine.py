@@ -31,7 +31,8 @@ class EncoderEngine:
         precision = config.precision if config.precision != "auto" else ("bfloat16" if world.device.type == "cuda" else "float32")
         self.dtype = getattr(torch, precision)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every batch shape: milliseconds a call on the host
-        self.module = encoder.to(world.device)
+        # All of it: transformers hands pretrained models out in eval mode, and ``forward`` looks at the outermost flag alone.
+        self.module = encoder.to(world.device).train()
         if config.compile:
             encoder.compile(dynamic=True)
         self.width = encoder.width

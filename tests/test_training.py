@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import make_prepared, make_tokenizer, read_losses, run_ranks
+from tiny import WORDS, make_prepared, make_tokenizer, read_losses, run_ranks
 from torch import Tensor
 
 from haste_dist.collectives import StopVote
 from haste_dist.config import Config
+from haste_dist.encoder import build_encoder
 from haste_dist.errors import CheckpointError, ConfigError, DataError, HasteError
 from haste_dist.label_groups import load_label_order
 from haste_dist.runlog import read_events
@@ -107,10 +108,13 @@ def test_the_output_layer_steps_once_on_all_micro_batches(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("grow", ["random", "gradient"])
 def test_a_resumed_run_repeats_the_unbroken_one_exactly(tmp_path: Path, grow: str) -> None:
-    """With gradients the stop after 20 steps falls among the four batches that the rewiring after 21 looks at; it replaces 3 of 8."""
+    """From pretrained weights. With gradients the stop after 20 steps falls among the four batches that the rewiring after 21 looks
+    at; it replaces 3 of 8."""
     words = ["encoder.dropout=0.1", "output.head_dropout=0.2", "train.accumulation=2", "output.weight_dtype=bfloat16"]
     words += ["output.tail_dropout=0.1", "rewire.until=1", "rewire.fraction=0.9", f"rewire.grow={grow}"]
     unbroken = make_prepared(tmp_path, overrides=words)
+    build_encoder(unbroken.encoder, WORDS + 2, 0).model.save_pretrained(tmp_path / "encoder")
+    unbroken.encoder.name = str(tmp_path / "encoder")
     world = join_world("cpu")
     train(unbroken, world)
     broken = copy.deepcopy(unbroken)
