@@ -80,16 +80,17 @@ def prepare(config: Config) -> Manifest:
     if manifest is None:
         _clear(folder, work)
         labels = count_labels(source, stop)
-        parts = [
-            part
-            for split, files in source.splits.items()
-            for part in make_parts(split, source.format, files, data.rows_per_shard, data.limit if split == "train" else 0)
-        ]
+        parts = []
+        for split, files in source.splits.items():
+            found = make_parts(split, source.format, files, data.rows_per_shard, data.limit if split == "train" else 0)
+            if not found:
+                raise DataError(f"{files[0]}: no texts; put the {split} texts there")
+            parts += found
         plan = Plan(tuple(parts), folder, labels, data.rows_per_shard, fingerprint)
         rules = tokenizer_rules(tokenizer.backend_tokenizer, data.max_length, side)
         manifest = Manifest(origin, 0, data.max_length, record, {}, fingerprint=fingerprint)
-        found, written = _convert(plan, rules, data.workers, stop, work)
-        _finish(source, plan, found, stop, data.limit, work, manifest)
+        in_splits, written = _convert(plan, rules, data.workers, stop, work)
+        _finish(source, plan, in_splits, stop, data.limit, work, manifest)
     _remove_leftovers(folder, manifest)
     _print_summary(manifest, folder, written, time.perf_counter() - started)
     if not folder.is_local:

@@ -237,6 +237,9 @@ prepare(load_config(None, ["data.source={config.data.source}", "data.prepared={c
         write_lines(source / "trn.json", [b"{", b"}"])
         with pytest.raises(DataError, match=r"trn.json: no texts that can be used \(2 bad ones\)"):
             prepare(configure("data.on_error=quarantine"))
+        write_source(tmp_path / "tables", "parquet", TRAIN, [], LABELS)
+        with pytest.raises(DataError, match=r"test.parquet: no texts; put the test texts there"):
+            prepare(configure(f"data.source={tmp_path}/tables"))
         write_lines(source / "trn.json.gz", [])
         (source / "trn.json").unlink()
         with pytest.raises(DataError, match=r"trn.json.gz: no texts; put the train texts there"):
