@@ -302,7 +302,8 @@ def _print_summary(manifest: Manifest, folder: Location, written: int, seconds: 
         seen = f"{manifest.unseen_test_labels:,} test labels ({manifest.unseen_test_positives:,} positives) never seen in training, kept"
         console.print(seen, highlight=False, soft_wrap=True)
     if manifest.quarantined:
-        table = Table(title=f"bad lines, left out and listed in {folder / tables.QUARANTINE}", title_justify="left")
+        console.print(f"bad lines, left out and listed in {folder / tables.QUARANTINE}:", highlight=False, soft_wrap=True)
+        table = Table()
         table.add_column("reason")
         table.add_column("lines", justify="right")
         for reason, count in manifest.quarantined.items():
