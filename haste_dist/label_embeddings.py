@@ -40,6 +40,7 @@ from haste_dist.text_embedders import (
 OWN_TEXTS = 65536  # labels whose own texts make one file
 SUM_BYTES = max(2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)  # of the float32 sums of a range of labels
 MISSING_STREAM = 4  # keeps the random streams of one seed apart
+FEW = {"tfidf": 2**20, "encoder": 2**13}  # so many texts are embedded here: starting workers would take longer
 IDF, VECTORS = "idf.npy", "labels.npy"
 
 
@@ -105,13 +106,14 @@ def add_label_sums(sums_LD: np.ndarray, embeddings_nD: np.ndarray, labels: Ragge
 def _embed_all(
     config: Config, folder: Path, manifest: Manifest, device: torch.device, work: Path, tasks: list[Task], done: Callable[[int], None]
 ) -> None:
-    """Does all ``tasks``, through Ray Data where Ray runs and there are several."""
+    """Does all ``tasks``, through Ray Data where Ray runs and it is worth starting workers."""
     if not tasks:
         return
     embed = make_embedder(config, manifest, device, work)  # what cannot be loaded fails here, before Ray starts workers
     import ray
 
-    if len(tasks) == 1 or not ray.is_initialized():
+    few = sum(task.texts for task in tasks) < FEW[config.groups.features]
+    if few or len(tasks) == 1 or not ray.is_initialized():
         for task in tasks:
             _do(task, embed, config, folder, manifest, work)
             done(task.texts)

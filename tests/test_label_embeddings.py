@@ -199,6 +199,7 @@ def test_a_killed_embedding_goes_on(config: Config, tmp_path: Path, monkeypatch:
 
 def test_workers_make_the_same_vectors(config: Config, ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
     config.groups.features = "tfidf"
+    monkeypatch.setattr(label_embeddings, "FEW", {"tfidf": 0})
     through_ray = embed(config)
     monkeypatch.setattr(label_embeddings, "_Worker", None)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
