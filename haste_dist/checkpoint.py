@@ -48,11 +48,16 @@ class RunState:
 def save(folder: Path, state: RunState, engine: EncoderEngine, classifier: Classifier, world: World, fingerprint: str) -> Path:
     """Writes ``folder``/step-N; every rank calls it. ``fingerprint`` names the label order that the rows follow.
 
-    Raises CheckpointError on every rank if any rank could not write; the earlier checkpoints stay as they are.
+    Raises CheckpointError on every rank if any rank could not write or holds a number that is not finite; the earlier checkpoints
+    stay as they are.
     """
     final = folder / f"step-{state.step:08d}"
     partial = folder / f".partial-{state.step:08d}"
     weights, moments = engine.state()
+    tensors = classifier.tensors()
+    lower = f"not finite at step {state.step}; resume with lower encoder.lr or output.lr"
+    broken = _find_not_finite({**weights, **{name: tensor for name, (tensor, _) in tensors.items()}})
+    _agree(f"{broken} is {lower}" if broken else "", f"a tensor of another rank is {lower}", world)
     if world.is_first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
@@ -64,18 +69,17 @@ def save(folder: Path, state: RunState, engine: EncoderEngine, classifier: Class
             _write(partial / "optimizer.safetensors", moments, {})
             if classifier.kept:  # a few MB, the same on all ranks
                 _write(partial / KEPT, _name_kept(classifier), {})
-        tensors = classifier.tensors()
         positions = {name: str(start) for name, (_, start) in tensors.items()}
         name = f"output-{world.rank:05d}-of-{world.size:05d}.safetensors"
         _write(partial / name, {key: tensor.cpu().contiguous() for key, (tensor, _) in tensors.items()}, positions)
     except OSError as error:
-        problem = f"{partial}: {error.strerror or error} (rank {world.rank})"
-    failed = torch.tensor([int(bool(problem))])
-    torch.distributed.all_reduce(failed, group=world.control)
-    if failed.item():
+        problem = f"{partial}: {error.strerror or error} (rank {world.rank}); free some space and resume"
+    try:
+        _agree(problem, "another rank failed to write; free some space and resume", world)
+    except CheckpointError:
         if world.is_first:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"could not save a checkpoint: {problem or 'another rank failed to write'}; free some space and resume")
+        raise
     if world.is_first:
         files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         page = {"schema_version": SCHEMA_VERSION, "label_order": fingerprint, "state": dataclasses.asdict(state), "files": files}
@@ -170,6 +174,22 @@ def prune(folder: Path, keep: set[int]) -> None:
     for path in [*folder.glob("step-*"), *folder.glob(".partial-*")]:
         if path.name.startswith(".") or int(path.name.removeprefix("step-")) not in keep:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _find_not_finite(tensors: dict[str, Tensor]) -> str:
+    """The name of a tensor that holds NaN or an infinity; nothing where none does."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            return name
+    return ""
+
+
+def _agree(problem: str, elsewhere: str, world: World) -> None:
+    """Raises CheckpointError on every rank if any rank has a problem; ``elsewhere`` is what the others say."""
+    failed = torch.tensor([int(bool(problem))])
+    torch.distributed.all_reduce(failed, group=world.control)
+    if failed.item():
+        raise CheckpointError(f"could not save a checkpoint: {problem or elsewhere}")
 
 
 def _load_rows(checkpoint: Path, classifier: Classifier) -> None:

@@ -71,17 +71,16 @@ class Classifier:
             deterministic=config.deterministic,
         )
         dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)
+        positives = sort_positives(label_rows_NM)
         losses = []
         if self.head.weight.shape[0]:
             x, mask = self._masked(x_ND, self.head_slice, config.head_dropout, step, HEAD_DROPOUT)
-            positives = select_positives(label_rows_NM, self.head.first_row, self.head.weight.shape[0])
-            dx, loss = stage("head")(head_step)(x, positives, self.head, args, want_loss)
+            dx, loss = stage("head")(head_step)(x, counted_from(positives, self.head.first_row), self.head, args, want_loss)
             self._accumulate(dx_ND, dx, mask, self.head_slice)
             losses.append(loss)
         if self.tail.weight.shape[0]:
             x, mask = self._masked(x_ND, self.tail_slice, config.tail_dropout, step, TAIL_DROPOUT)
-            positives = select_positives(label_rows_NM, self.tail.first_row, self.tail.rows)
-            dx, loss = stage("tail")(tail_step)(x, positives, self.tail, args, want_loss)
+            dx, loss = stage("tail")(tail_step)(x, counted_from(positives, self.tail.first_row), self.tail, args, want_loss)
             self._accumulate(dx_ND, dx, mask, self.tail_slice)
             losses.append(loss)
         return dx_ND, torch.stack([x for x in losses if x is not None] or [dx_ND.new_zeros(())]).sum() if want_loss else None
@@ -170,9 +169,16 @@ def check_slice(name: str, part: Slice, width: int) -> None:
         raise ConfigError(f"output.{name}=[{part.start}, {part.stop}]: the embedding has only {width} features")
 
 
-def select_positives(label_rows_NM: Tensor, first_row: int, rows: int) -> Positives:
-    """The (batch row, local label row) pairs that fall into rows first_row..first_row+rows-1, sorted by label row."""
-    local = label_rows_NM - first_row
-    batch, column = ((local >= 0) & (local < rows)).nonzero(as_tuple=True)
-    row, order = local[batch, column].sort(stable=True)
-    return Positives(batch[order], row)
+def sort_positives(label_rows_NM: Tensor) -> Positives:
+    """All N * M entries in row order, absent ones (-1) first, with global rows.
+
+    Their number is known without looking at them, so the host does not wait for the GPU: it is the kernels that pass over entries
+    outside their shard.
+    """
+    row, order = label_rows_NM.flatten().sort(stable=True)
+    return Positives(order // label_rows_NM.shape[1], row)
+
+
+def counted_from(positives: Positives, first_row: int) -> Positives:
+    """The same with rows relative to ``first_row``."""
+    return Positives(positives.batch, positives.row - first_row)

@@ -3,6 +3,8 @@
 Letters: W ranks, B padded batch rows of one rank, n real rows of the global batch (n <= W * B), D width.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,14 +17,33 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+@dataclass(frozen=True)
+class Gathering:
+    """Rows on their way to every rank."""
+
+    full: Tensor  # (W * B, ...)
+    rows: int
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """(n, ...) in rank order. On a GPU later work waits for the rows, not the host."""
+        if self.work is not None:
+            self.work.wait()
+        return self.full[: self.rows]
+
+
+def start_gather(part_B: Tensor, rows: int, world: World) -> Gathering:
+    """Starts to send (B, ...) of each rank to every rank; the padding behind row n is cut off when they have come."""
+    if world.size == 1:
+        return Gathering(part_B, rows, None)
+    full = part_B.new_empty((world.size * part_B.shape[0], *part_B.shape[1:]))
+    return Gathering(full, rows, _all_gather(full, part_B.contiguous(), async_op=True))
+
+
 @stage("gather")
 def gather_rows(part_B: Tensor, rows: int, world: World) -> Tensor:
     """(B, ...) of each rank to (n, ...) on every rank, in rank order; the padding behind row n is cut off."""
-    if world.size == 1:
-        return part_B[:rows]
-    full = part_B.new_empty((world.size * part_B.shape[0], *part_B.shape[1:]))
-    _all_gather(full, part_B.contiguous())
-    return full[:rows]
+    return start_gather(part_B, rows, world).wait()
 
 
 @stage("scatter")

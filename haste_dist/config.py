@@ -86,6 +86,12 @@ class EncoderConfig:
     clip: float = setting(1.0, "gradient norm is clipped to this (0: never)", low=0.0)
     precision: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16"))
     zero: int = setting(0, "DeepSpeed ZeRO stage", low=0, high=2)
+    attention: str = setting("sdpa", "attention kernels: torch's, or those of the flash-attn package", choices=("sdpa", "flash"))
+    checkpointing: bool = setting(False, "make activations again in the backward pass: less memory, a third more work")
+    compile: bool = setting(False, "compile the encoder with torch.compile: minutes at the start, and again at new kinds of batches")
+    lora_rank: int = setting(
+        0, "train adapters of this rank in all linear layers instead of the weights (0: no; needs peft)", low=0, high=1024
+    )
 
 
 @dataclass
@@ -146,7 +152,13 @@ class RewireConfig:
 @dataclass
 class TrainConfig:
     batch_size: int = setting(256, "texts a step over all ranks together (a micro-batch where accumulation > 1)", low=1)
-    accumulation: int = setting(1, "micro-batches an encoder update; the output layer steps at each of them", low=1)
+    accumulation: int = setting(1, "micro-batches an encoder update", low=1)
+    classifier_step: str = setting(
+        "micro",
+        "where accumulation > 1: the output layer steps at each micro-batch, or once on all of them together (global: as without"
+        " accumulation at that batch size, but in the memory of a micro-batch; all forward passes but one run twice; a step is an update)",
+        choices=("micro", "global"),
+    )
     epochs: float = setting(10.0, "passes over the training texts; a fraction is allowed", low=0.0)
     max_steps: int = setting(0, "stop after this many steps (0: by epochs); the schedules still span the epochs", low=0)
     warmup: float = setting(0.05, "part of training in which both learning rates rise from 0", low=0.0, high=1.0)
@@ -237,6 +249,10 @@ def check(config: Config) -> None:
             raise ConfigError(f"output.{name}={span}: a slice reads [start, end] with 0 <= start < end")
     if -1 < config.encoder.dropout < 0:
         raise ConfigError(f"encoder.dropout={config.encoder.dropout}: must be -1 (as the encoder's own config says) or in [0.0 .. 0.95]")
+    if config.encoder.frozen and config.encoder.lora_rank:
+        raise ConfigError(
+            f"encoder.lora_rank={config.encoder.lora_rank}: encoder.frozen=true trains nothing of the encoder; set one of them"
+        )
     if config.encoder.name == "scratch" and config.encoder.width % config.encoder.heads:
         raise ConfigError(f"encoder.width={config.encoder.width} is not a multiple of encoder.heads={config.encoder.heads}")
     if config.output.tail_features:

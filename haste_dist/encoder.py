@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
+from transformers.utils import is_flash_attn_2_available
 
 from haste_dist.config import EncoderConfig
 from haste_dist.errors import ConfigError
@@ -127,16 +128,39 @@ def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_lengt
     ``pretrained=False`` skips reading weights, for a caller that loads its own. Raises ConfigError.
     """
     made = model_config(config, vocab_size, pad_id, max_length)
-    if config.name == "scratch" or not pretrained:
-        model = AutoModel.from_config(made)
-    else:
-        try:
-            model = AutoModel.from_pretrained(resolve_name(config.name), config=made, dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"encoder.name: cannot load the weights of '{config.name}' ({_first_line(error)})") from None
+    # Without the package transformers would fetch kernels from its hub.
+    if config.attention == "flash" and not is_flash_attn_2_available():
+        raise ConfigError(
+            "encoder.attention=flash: the package flash-attn or a GPU for it is missing; install it or set encoder.attention=sdpa"
+        )
+    attention = {"sdpa": "sdpa", "flash": "flash_attention_2"}[config.attention]
+    try:
+        if config.name == "scratch" or not pretrained:
+            model = AutoModel.from_config(made, attn_implementation=attention)
+        else:
+            model = AutoModel.from_pretrained(resolve_name(config.name), config=made, dtype=torch.float32, attn_implementation=attention)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"encoder.name: cannot load '{config.name}' ({_first_line(error)})") from None
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # pooling is ours; an unused layer would only take memory and optimizer state
+    if config.checkpointing:
+        model.config.use_cache = False  # of decoders; transformers would say so
+        try:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ConfigError(f"encoder.checkpointing: '{config.name}' has none ({_first_line(error)})") from None
+    if config.lora_rank:
+        _add_adapters(model, config.lora_rank)
     return Encoder(model, config.pooling, config.normalize)
+
+
+def _add_adapters(model: nn.Module, rank: int) -> None:
+    """Low-rank adapters (arXiv 2106.09685) in all linear layers, drawn from torch's global generator; only they require a gradient."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError:
+        raise ConfigError(f"encoder.lora_rank={rank}: the package peft is not installed; pip install 'haste-dist[lora]'") from None
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Label order: which row of the output layer a label gets, and which labels share one set of input features.
 
-Rows 0..H-1 are the head: the most frequent labels (ties by label id), H = head_fraction * L rounded up to whole groups.
+Rows 0..H-1 are the head: the most frequent labels (ties by label id), H = head_fraction * L rounded up to whole groups, in an
+order that gives every rank's range of them a like share of frequent ones (``sharding.spread``).
 The other labels, the tail, stand in T groups of exactly G rows; only the last group may hold padding, at its end. Groups
 are semantic (close label embeddings, neighbouring groups close: see ``bisection``), random, or neighbours in frequency.
 
@@ -29,6 +30,7 @@ from haste_dist.bisection import bisect, cohesion
 from haste_dist.config import Config
 from haste_dist.errors import DataError
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, read_arrow, replacing, write_arrow
+from haste_dist.sharding import spread
 from haste_dist.world import choose_device
 
 SCHEMA_VERSION = 1
@@ -95,6 +97,7 @@ def order_labels(
     """
     by_frequency = np.lexsort((np.arange(len(frequency)), -frequency))
     head, tail = np.split(by_frequency, [head_size(len(frequency), head_fraction, group_size)])
+    head = head[spread(len(head))]
     report: dict[str, float | None] = {"cohesion": None, "cohesion_random": None}
     if method == "random":
         tail = np.random.default_rng([seed, RANDOM_STREAM]).permutation(tail)

@@ -120,7 +120,7 @@ class Bench:
         torch.manual_seed(config.run.seed)
         self.encoder: Encoder = build_encoder(config.encoder, VOCABULARY, 0, config.data.max_length, pretrained=False)
         self.work = encoder_work(self.encoder)  # before an engine has taken the weights
-        self.engine = EncoderEngine(self.encoder, config.encoder, world, self.rows)
+        self.engine = EncoderEngine(self.encoder, config.encoder, world)
 
     def measure(self, config: Config, point: Point, law: LabelLaw, effort: Effort) -> Row:
         """The figures of one point; of the slowest and fullest rank where ranks differ."""

@@ -27,7 +27,6 @@ RUN, COPIES_BYTES, SCRATCH_BYTES = 128, 24 << 20, 256 << 20  # triton_tail.py: f
 HEAD_BYTES, HEAD_ROWS = 48 << 20, 16  # triton_head.py: a chunk
 TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN = 128 << 20, 4096, 16, 256  # triton_topk.py: block maxima of a chunk
 PLAIN_BYTES = {"cuda": 1 << 30, "cpu": 8 << 20}  # chunks.py: a chunk of plain torch
-BUCKET = 500_000_000  # elements: DeepSpeed's gradient buffer at ZeRO 1 and 2, made anew in each backward pass
 # Not counted: the CUDA context, NCCL's buffers, gaps between blocks of the allocator. This much is kept free for them.
 RESERVE_GIB, RESERVE_SHARE = 1.0, 0.03
 
@@ -108,7 +107,7 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     phases = {
         "encoder forward": {"activations": needs.forward, "batch": batch["batch"]},
         "output layer": {**batch, **masked, "activations": needs.kept, "kernel workspace": work + 32 * n * facts.most_labels},
-        "encoder backward": {**batch, "activations": needs.backward, "gradient bucket": bucket},
+        "encoder backward": {**batch, "activations": needs.backward, "flat gradient": bucket},
         "optimizer": {**batch, "gradients": gradients, "update": stepping},
         "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size),
         "making the initial weights": {"random numbers": min(1 << 28, 16 * weights) + min(PLAIN_BYTES[facts.device], 64 * t * tail_width)},
@@ -149,16 +148,16 @@ def _optimizer_state(config: Config, needs: EncoderNeeds, x_bytes: int, ranks: i
 
 
 def _gradients(config: Config, needs: EncoderNeeds, x_bytes: int, ranks: int) -> tuple[int, int, int]:
-    """DeepSpeed's buffers: in the backward pass beside the gradients; gradients that wait for the update; what the update makes.
+    """The flat gradient beside those it is joined from; what of it waits for the update; what the update makes of it.
 
-    The update flattens a partition's gradients and casts them to float32.
+    At ZeRO 1 and 2 the update copies a partition's gradient and casts it to float32.
     """
     if config.encoder.frozen:
         return 0, 0, 0
     p = needs.trained
-    if config.encoder.zero == 0 and x_bytes != HALF:
-        return x_bytes * (p + needs.largest), x_bytes * p, 0  # gradients stay, so one comes beside its sum
-    return x_bytes * BUCKET, x_bytes * p // ranks, (x_bytes + 4 * (x_bytes == HALF)) * p // ranks
+    partitioned = config.encoder.zero > 0 or x_bytes == HALF
+    own = p // ranks if partitioned else p
+    return x_bytes * p, x_bytes * own, (x_bytes + 4 * (x_bytes == HALF)) * own if partitioned else 0
 
 
 def _head_workspace(cuda: bool, n: int, rows: int, width: int, weight: int, x_bytes: int) -> int:

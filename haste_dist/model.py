@@ -104,5 +104,5 @@ def encoder_settings_of(config: Config, run: Path) -> EncoderConfig:
 
 
 def frozen_engine(config: Config, encoder: Encoder, world: World) -> EncoderEngine:
-    """The encoder for scoring only: no optimizer."""
-    return EncoderEngine(encoder, dataclasses.replace(config.encoder, frozen=True), world, rows=1)
+    """The encoder for scoring only: no optimizer, and no compiling for a few batches."""
+    return EncoderEngine(encoder, dataclasses.replace(config.encoder, frozen=True, compile=False), world)

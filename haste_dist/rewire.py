@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from haste_dist.classifier import Classifier, select_positives
+from haste_dist.classifier import Classifier, counted_from, sort_positives
 from haste_dist.collectives import sum_over_ranks
 from haste_dist.config import RewireConfig
 from haste_dist.schedule import rewire_fraction
@@ -34,9 +34,7 @@ def rewire(classifier: Classifier, config: RewireConfig, fraction: float, step: 
     """Replaces the weakest connections of the tail. Every rank calls it at the same step; the outcome does not depend on W."""
     tail = classifier.tail
     scores_TF = connection_scores(tail)
-    counts = torch.tensor([0, scores_TF.numel()], device=scores_TF.device)
-    sum_over_ranks(counts, world)
-    total = int(counts[1])
+    total = classifier.shard.all_groups * scores_TF.shape[1]
     if config.prune == "group":
         prune_TF = lowest_per_group(scores_TF, fraction)
     elif config.prune == "global":
@@ -48,8 +46,8 @@ def rewire(classifier: Classifier, config: RewireConfig, fraction: float, step: 
         wanted = gradients(classifier, config.batches) if config.grow == "gradient" else None
         replaced = prune_and_regrow(tail, prune_TF, classifier.tail_slice.width, classifier.seed, step, wanted)
     classifier.kept.clear()
-    counts = sum_over_ranks(torch.tensor([replaced], device=scores_TF.device), world)
-    return Rewired(int(counts[0]), total, fraction)
+    replaced = int(sum_over_ranks(torch.tensor([replaced], device=scores_TF.device), world))
+    return Rewired(replaced, total, fraction)
 
 
 def keeps_batch(config: RewireConfig, step: int, total: int) -> bool:
@@ -64,7 +62,7 @@ def keeps_batch(config: RewireConfig, step: int, total: int) -> bool:
 def gradients(classifier: Classifier, batches: int) -> FeatureScores:
     """Scores of features: |dloss/dw| over the labels of a group, at the weights of now, summed over the last ``batches`` kept."""
     tail = classifier.tail
-    kept = [(x, select_positives(rows, tail.first_row, tail.rows)) for x, rows in classifier.kept[-batches:]]
+    kept = [(x, counted_from(sort_positives(rows), tail.first_row)) for x, rows in classifier.kept[-batches:]]
     if not kept:
         raise ValueError("grow=gradient: no batch was kept before this rewiring")
 
@@ -87,17 +85,16 @@ def lowest_per_group(scores_TF: Tensor, fraction: float) -> Tensor:
 def lowest_overall(scores_TF: Tensor, count: int, world: World) -> Tensor:
     """(T, F) bool: the ``count`` lowest scores of all ranks together, and those equal to the highest of them.
 
-    Non-negative floats order as their bits do, so 31 rounds of bisection find the limit exactly without moving a score.
+    Non-negative floats order as their bits do, so 31 rounds of bisection find the limit exactly without moving a score, and without
+    the host looking at a sum.
     """
     bits_TF = scores_TF.float().contiguous().view(torch.int32)
-    low, high = -1, 2**31 - 1  # the limit is in (low, high]
     if count <= 0:
         return torch.zeros_like(scores_TF, dtype=torch.bool)
-    while high - low > 1:
+    low = torch.full((1,), -1, device=scores_TF.device)
+    high = torch.full((1,), 2**31 - 1, device=scores_TF.device)  # the limit is in (low, high], 2^31 numbers at first
+    for _ in range(31):
         middle = (low + high) // 2
-        below = sum_over_ranks((bits_TF <= middle).sum().reshape(1), world)
-        if int(below) >= count:
-            high = middle
-        else:
-            low = middle
+        enough = sum_over_ranks((bits_TF <= middle).sum().reshape(1), world) >= count
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
     return bits_TF <= high

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
+GOLDEN = (5**0.5 - 1) / 2
+
 
 def span(count: int, parts: int, part: int) -> tuple[int, int]:
     """The ``part``-th of ``parts`` contiguous, near-equal ranges of ``range(count)``, as (start, stop)."""
@@ -29,6 +33,11 @@ class LabelShard:
         return self.group_stop - self.group_start
 
     @property
+    def all_groups(self) -> int:
+        """Groups of all ranks together."""
+        return -(-(self.labels - self.head_rows) // self.group_size)
+
+    @property
     def tail_start(self) -> int:
         """Global row of the first tail row here."""
         return self.head_rows + self.group_start * self.group_size
@@ -43,6 +52,15 @@ class LabelShard:
 def label_shard(head_rows: int, groups: int, group_size: int, labels: int, ranks: int, rank: int) -> LabelShard:
     """The shard of ``rank``: head rows and groups are each cut into contiguous, near-equal ranges."""
     return LabelShard(*span(head_rows, ranks, rank), *span(groups, ranks, rank), head_rows, group_size, labels)
+
+
+def spread(count: int) -> np.ndarray:
+    """(count,) int64: an order of ``range(count)`` in which every range of places holds its share of small and of large numbers.
+
+    Multiples of the golden ratio modulo 1 lie evenly, however many there are; sorted by them, the most frequent labels fall on any
+    number of ranks alike.
+    """
+    return np.argsort(np.arange(count) * GOLDEN % 1, kind="stable")
 
 
 def batch_share(rows: int, ranks: int, rank: int) -> tuple[int, int, int]:

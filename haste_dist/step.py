@@ -1,19 +1,25 @@
 """One training step across ranks.
 
+labels_NM = gather(labels_BM)                started first: it travels during the forward pass
 x_BD = encoder(tokens)                       data parallel
-x_ND, labels_NM = gather(x_BD), gather(...)  every rank has the whole batch
+x_ND = gather(x_BD)                          every rank has the whole batch, in the encoder's precision
 dx_ND = classifier.step(x_ND, labels_NM)     every rank steps its own labels
-dx_BD = scatter(dx_ND)                       summed over label shards
+dx_BD = scatter(dx_ND)                       summed over label shards, in float32
 encoder.backward(x_BD, dx_BD); encoder.step()
+
+A batch too large for the encoder goes through it in several passes (gradient caching, arXiv 2101.06983): all embeddings first, without
+a graph but for the last; after the classifier's one step each pass is run again with a graph, with the dropout it had, and
+backward. So the memory is that of one pass and the update that of one large batch.
+
+Nothing here waits for the GPU.
 """
 
 import torch
 from torch import Tensor
 
 from haste_dist.classifier import Classifier
-from haste_dist.collectives import gather_rows, scatter_rows, sum_over_ranks
+from haste_dist.collectives import gather_rows, scatter_rows, start_gather, sum_over_ranks
 from haste_dist.engine import EncoderEngine
-from haste_dist.errors import HasteError
 from haste_dist.loader import Batch
 from haste_dist.world import World
 from haste_kernels import merge_topk
@@ -29,27 +35,45 @@ def train_step(
     lr_output: float,
     step: int,
     seed: int,
+    passes: int = 1,
+    accumulation: int = 1,
     want_loss: bool = False,
     keep: bool = False,
 ) -> Tensor | None:
     """Steps the output layer, and the encoder where an accumulation ends. Returns the loss of the global batch if wanted.
 
-    ``keep``: the output layer keeps the batch for the next rewiring. Raises HasteError for a gradient that is not finite.
+    ``passes``: encoder passes that this batch is cut into; ``accumulation``: steps an encoder update, whose gradient is their mean.
+    ``keep``: the output layer keeps the batch for the next rewiring.
     """
     device = world.device
-    # Dropout inside the encoder is a function of (seed, step, rank): a resumed run draws what an unbroken one would.
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + world.rank)
-    x_BD = engine.forward(batch.input_ids.to(device, non_blocking=True), batch.attention_mask.to(device, non_blocking=True))
-    x_ND = gather_rows(x_BD.detach(), batch.rows, world)
-    labels_NM = gather_rows(batch.label_rows.to(device, non_blocking=True), batch.rows, world)
+    gathering = start_gather(batch.label_rows.to(device, non_blocking=True), batch.rows, world)
+    passes = min(passes, len(batch.input_ids))
+    ids_bS = batch.input_ids.to(device, non_blocking=True).tensor_split(passes)
+    mask_bS = batch.attention_mask.to(device, non_blocking=True).tensor_split(passes)
+
+    def forward(i: int, graph: bool) -> Tensor:
+        torch.manual_seed(dropout_seed(seed, step, world.rank, i))
+        return engine.forward(ids_bS[i], mask_bS[i], graph)
+
+    x_bD = [forward(i, graph=i == passes - 1) for i in range(passes)]
+    x_ND = gather_rows(torch.cat([x.detach() for x in x_bD]), batch.rows, world)
+    labels_NM = gathering.wait()
     dx_ND, loss = classifier.step(x_ND, labels_NM, lr_output, step, want_loss)
     if keep:
         classifier.keep(x_ND, labels_NM, step)
-    dx_BD = scatter_rows(dx_ND, x_BD.shape[0], world)
-    engine.backward(x_BD, dx_BD)
-    if not engine.step(lr_encoder):
-        raise HasteError(f"the gradient of the encoder was not finite at step {step + 1}; resume with lower encoder.lr or output.lr")
+    if engine.trains:
+        dx_BD = scatter_rows(dx_ND, len(batch.input_ids), world) / accumulation
+        dx_bD = dx_BD.tensor_split(passes)
+        for i in reversed(range(passes)):
+            engine.backward(x_bD[i] if i == passes - 1 else forward(i, graph=True), dx_bD[i])
+        if (step + 1) % accumulation == 0:
+            engine.step(lr_encoder, step + 1)
     return sum_over_ranks(loss, world) if loss is not None else None
+
+
+def dropout_seed(seed: int, step: int, rank: int, number: int) -> int:
+    """Of dropout inside the encoder: a function of place, so that a resumed run and a repeated pass draw what was drawn before."""
+    return (((number * 2**31 + seed) * 1_000_003 + step) * 65_537 + rank) % 2**63
 
 
 def predict_batch(engine: EncoderEngine, classifier: Classifier, batch: Batch, world: World, k: int) -> tuple[Tensor, Tensor]:

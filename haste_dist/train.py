@@ -1,7 +1,7 @@
 """The training loop, as each rank runs it. Knows torch.distributed only; launch/ starts it through Ray or torchrun.
 
 The order within a pass is fixed: evaluate, save, stop, step. The loop runs once more than there are steps, so that the end
-is no special case. A step is one micro-batch; evaluations, checkpoints and stops fall where an encoder update is complete.
+is no special case. A step is one step of the output layer; evaluations, checkpoints and stops fall where an encoder update is complete.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 from haste_dist import checkpoint
 from haste_dist.checkpoint import RunState
 from haste_dist.collectives import StopVote, barrier
-from haste_dist.config import Config, save_config
+from haste_dist.config import Config, TrainConfig, save_config
 from haste_dist.engine import EncoderEngine
 from haste_dist.errors import CheckpointError, HasteError
 from haste_dist.evaluate import evaluate_texts
@@ -26,7 +26,6 @@ from haste_dist.profiling import StepProfile
 from haste_dist.rewire import keeps_batch, rewire
 from haste_dist.runlog import RunLog
 from haste_dist.schedule import due, rewire_fraction, warmup_cosine
-from haste_dist.sharding import batch_share
 from haste_dist.step import train_step
 from haste_dist.world import World
 
@@ -44,6 +43,22 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """What a step is made of."""
+
+    texts: int  # over all ranks
+    passes: int  # of the encoder, one behind the other
+    accumulation: int  # steps an encoder update
+
+
+def pace(train: TrainConfig) -> Pace:
+    """From batch size and accumulation. Pure."""
+    if train.classifier_step == "global":
+        return Pace(train.batch_size * train.accumulation, train.accumulation, 1)
+    return Pace(train.batch_size, 1, train.accumulation)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Steps of a run; all but ``total`` are intervals, 0 for never, and all are multiples of the accumulation."""
 
@@ -56,7 +71,7 @@ class Plan:
 
 def plan_steps(config: Config, per_epoch: int) -> Plan:
     """Turns epochs into steps. Pure."""
-    train, whole = config.train, config.train.accumulation
+    train, whole = config.train, pace(config.train).accumulation
 
     def up(steps: float) -> int:
         return max(1, math.ceil(round(steps / whole, 6))) * whole if steps > 0 else 0
@@ -92,7 +107,8 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
     most_labels = prepared.manifest.splits["train"].max_labels
     pin = world.device.type == "cuda"
     maker = BatchMaker(texts, prepared.order.row_of_label, most_labels, prepared.manifest.tokenizer.pad_id, world.size, world.rank, pin)
-    batches = TrainingBatches(maker, config.train.batch_size, config.data.length_buckets, config.run.seed)
+    going = pace(config.train)
+    batches = TrainingBatches(maker, going.texts, config.data.length_buckets, config.run.seed)
     plan = plan_steps(config, batches.steps_per_epoch)
 
     encoder = make_encoder(config, prepared.manifest)
@@ -104,8 +120,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
         save_encoder_folder(run, encoder, config)
         for name in (LABELS_FILE, GROUPS_FILE):  # predict needs no prepared folder
             shutil.copyfile(prepared.folder / name, run / name)
-    rows = batch_share(config.train.batch_size, world.size, world.rank)[2]
-    engine = EncoderEngine(encoder, config.encoder, world, rows, config.train.accumulation)
+    engine = EncoderEngine(encoder, config.encoder, world)
     state, start = RunState(), checkpoint.newest(saved)
     if start is not None:
         state = checkpoint.load(start, engine, classifier, prepared.order.fingerprint)
@@ -123,12 +138,18 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
         texts=len(texts),
         output_bytes=classifier.bytes(),
     )
-    vote, timer = StopVote(world), StepTimer(config.train.batch_size, world, work, engine.dtype, tail_traffic(classifier.tail))
+    vote, timer = StopVote(world), StepTimer(going.texts, world, work, engine.dtype, tail_traffic(classifier.tail))
     profile = StepProfile(config.train.profile, run, world, log)
     source = batches.from_step(state.step)
     resumed_at, reason = state.step, ""
 
+    def stop_if_lost() -> None:
+        bad = engine.first_bad_step()
+        if bad is not None:
+            raise HasteError(f"the gradient of the encoder was not finite at step {bad}; resume with lower encoder.lr or output.lr")
+
     def save_now() -> None:
+        stop_if_lost()
         path = checkpoint.save(saved, state, engine, classifier, world, prepared.order.fingerprint)
         if world.is_first:
             if state.best_step == state.step:
@@ -137,6 +158,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
         log.event("checkpoint", step=state.step, folder=path.name)
 
     def evaluate_now() -> None:
+        stop_if_lost()
         result = evaluate_texts(config, prepared, engine, classifier, world, held_out, config.train.evaluate_rows)
         log.event("eval", step=state.step, epoch=state.step / plan.per_epoch, split=held_out, **result)
         score = result[config.train.metric]
@@ -158,7 +180,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
                 reason = "patience"
             elif at_end:
                 reason = "finished" if plan.last == plan.total else "max_steps"
-            elif step % config.train.accumulation == 0 and vote.exchange(wants_stop()):
+            elif step % going.accumulation == 0 and vote.exchange(wants_stop()):
                 reason = "stopped"
                 if fresh and not due(step, plan.evaluate):
                     save_now()
@@ -180,6 +202,8 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
                 lr_output=factor * config.output.lr,
                 step=step,
                 seed=config.run.seed,
+                passes=going.passes,
+                accumulation=going.accumulation,
                 want_loss=logged,
                 keep=keeps_batch(config.rewire, state.step, plan.total),
             )
@@ -190,7 +214,8 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
             timer.stepped()
             profile.stepped(state.step)
             if logged and loss is not None:
-                value = loss.item()  # the one wait for the device
+                value = loss.item()  # only here the host waits for the device
+                stop_if_lost()
                 if not math.isfinite(value):
                     raise HasteError(f"the loss became {value} at step {state.step}; resume with lower encoder.lr or output.lr")
                 log.step(

@@ -37,7 +37,8 @@ def logits(x_ND: Tensor, weight_RD: Tensor, bias_R: Tensor | None) -> Tensor:
 def targets(positives: Positives, n: int, rows: int) -> Tensor:
     """(N, R) float64 of 0 and 1."""
     y = torch.zeros(n, rows, dtype=torch.float64, device=positives.row.device)
-    y[positives.batch, positives.row] = 1
+    inside = (positives.row >= 0) & (positives.row < rows)
+    y[positives.batch[inside], positives.row[inside]] = 1
     return y
 
 

@@ -14,7 +14,10 @@ Loss = Literal["bce", "squared_hinge"]
 
 
 class Positives(NamedTuple):
-    """The true labels of a batch among the rows of one shard: distinct pairs, ascending in ``row``, then in ``batch``."""
+    """The true labels of a batch: distinct pairs, ascending in ``row``, then in ``batch``.
+
+    Rows outside the shard, negative ones too, are passed over and may repeat: whoever makes the pairs on a GPU need not count them.
+    """
 
     batch: Tensor  # (P,) int64, batch row of each pair, 0..N-1
     row: Tensor  # (P,) int64, label row relative to the shard's first row

@@ -41,7 +41,7 @@ def engine_for(folder: Path, world: World) -> EncoderEngine:
         torch.distributed.barrier()
     if config is None:
         config = make_prepared(folder / f"rank{world.rank}", overrides=["encoder.frozen=true"])
-    return EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world, 4)
+    return EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world)
 
 
 def save_some(world: World, folder: Path) -> None:
@@ -160,6 +160,19 @@ def test_a_full_disk_fails_the_save_and_leaves_the_earlier_one(tmp_path: Path, m
     assert [p.name for p in folder.glob("*step*")] == ["step-00000005"]
     monkeypatch.undo()
     assert train(config, join_world("cpu")).step == 8
+
+
+def save_what_is_not_finite(world: World, folder: Path) -> None:
+    layer = classifier(world.size, world.rank, 1)
+    if world.rank == 1:
+        layer.tail.bias[-1, -1] = float("nan")
+    with pytest.raises(CheckpointError, match="tail.bias is not finite at step 7" if world.rank else "of another rank is not finite"):
+        checkpoint.save(folder / "saved", RunState(7), engine_for(folder, world), layer, world, "order")
+    assert not list(folder.glob("saved/*"))
+
+
+def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    run_ranks(2, save_what_is_not_finite, tmp_path)
 
 
 def test_resuming_from_a_damaged_checkpoint_says_so_in_one_line(tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ from hypothesis import given
 from tiny import run_ranks
 from torch import Tensor
 
-from haste_dist.classifier import HEAD_DROPOUT, TAIL_DROPOUT, Classifier, select_positives
+from haste_dist.classifier import HEAD_DROPOUT, TAIL_DROPOUT, Classifier, counted_from, sort_positives
 from haste_dist.config import RewireConfig, load_config
 from haste_dist.errors import ConfigError
-from haste_dist.rewire import gradients, keeps_batch, rewire
+from haste_dist.rewire import gradients, keeps_batch, lowest_overall, rewire
 from haste_dist.schedule import rewire_fraction
 from haste_dist.sharding import label_shard
 from haste_dist.world import World, join_world
-from haste_kernels import merge_topk, random_features, reference
+from haste_kernels import Positives, StepArgs, head_step, merge_topk, random_features, reference, tail_step
 
 HEAD, GROUPS, SIZE, LABELS, WIDTH, N = 23, 5, 16, 23 + 5 * 16 - 3, 24, 10
 CPU = torch.device("cpu")
@@ -169,7 +169,7 @@ def test_gradients_are_summed_over_the_last_batches_as_the_tail_saw_them() -> No
     for step in range(3):
         layer.keep(x_ND, rows_NM, step)
     seen = [layer._masked(x_ND, layer.tail_slice, 0.5, step, TAIL_DROPOUT)[0] for step in range(3)]
-    positives = select_positives(rows_NM, layer.tail.first_row, layer.tail.rows)
+    positives = counted_from(sort_positives(rows_NM), layer.tail.first_row)
     expected = sum(reference.gradient_scores(x, positives, layer.tail, "bce", 1, 4) for x in seen[1:])
     torch.testing.assert_close(gradients(layer, 2)(1, 4).double(), expected, rtol=1e-5, atol=1e-5)
     layer.kept.clear()
@@ -187,10 +187,39 @@ def test_batches_are_kept_only_where_a_rewiring_follows(interval: int, batches: 
     assert not any(keeps_batch(dataclasses.replace(config, grow="random"), step, 40) for step in steps)
 
 
-@given(st.lists(st.lists(st.integers(-1, 30), min_size=3, max_size=3), min_size=1, max_size=8), st.integers(0, 20), st.integers(0, 20))
-def test_positives_are_the_pairs_of_the_shard_in_row_order(rows: list[list[int]], first: int, count: int) -> None:
-    positives = select_positives(torch.tensor(rows), first, count)
-    pairs = list(zip(positives.row.tolist(), positives.batch.tolist(), strict=True))
-    expected = sorted((row - first, n) for n, labels in enumerate(rows) for row in labels if first <= row < first + count)
-    assert sorted(pairs) == expected
-    assert [p[0] for p in pairs] == [p[0] for p in expected]
+@given(st.lists(st.sampled_from([0.0, 1e-40, 0.5, 0.75, 3.0, 3e38]), min_size=1, max_size=30), st.integers(0, 30))
+def test_the_lowest_of_all_ranks_are_found_without_sorting(scores: list[float], count: int) -> None:
+    """With those equal to the highest of them; for more than there are, all."""
+    found = lowest_overall(torch.tensor([scores]), count, join_world("cpu"))
+    limit = sorted(scores)[min(count, len(scores)) - 1] if count else -1.0
+    assert torch.equal(found[0], torch.tensor(scores) <= torch.tensor(limit))
+
+
+LABELS_OF_TEXTS = st.lists(st.sets(st.integers(0, LABELS - 1), max_size=5), min_size=1, max_size=8)
+
+
+@given(LABELS_OF_TEXTS, st.integers(0, 2))
+def test_positives_are_all_pairs_in_row_order_and_absent_ones_first(labels: list[set[int]], padding: int) -> None:
+    most = max(map(len, labels)) + padding or 1
+    rows_NM = torch.tensor([[*found, *[-1] * (most - len(found))] for found in labels])
+    batch, row = sort_positives(rows_NM)
+    expected = sorted((row, n) for n, found in enumerate(rows_NM.tolist()) for row in found)
+    assert list(zip(row.tolist(), batch.tolist(), strict=True)) == expected
+
+
+@given(LABELS_OF_TEXTS, st.sampled_from(["bce", "squared_hinge"]))
+def test_steps_pass_over_positives_of_other_shards(labels: list[set[int]], loss: str) -> None:
+    """Rows before and behind the shard, absent ones and those in the last group's padding change no bit of a step."""
+    rows_NM = torch.tensor([[*found, *[-1] * (5 - len(found))] for found in labels])
+    every = sort_positives(rows_NM)
+    x_ND = torch.randn(len(labels), WIDTH, generator=torch.Generator().manual_seed(1))
+    args = StepArgs(lr=0.1, scale=1.0, loss=loss)
+    for part in classifiers(3):
+        for state, step, count in ((part.head, head_step, len(part.head.weight)), (part.tail, tail_step, part.tail.rows)):
+            given = counted_from(every, state.first_row)
+            mine = (given.row >= 0) & (given.row < count)
+            few, all_of_them = copy.deepcopy(state), state
+            expected = step(x_ND, Positives(given.batch[mine], given.row[mine]), few, args, True)
+            got = step(x_ND, given, all_of_them, args, True)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+            assert torch.equal(all_of_them.weight, few.weight)

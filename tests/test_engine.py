@@ -37,9 +37,10 @@ def stepped(config: Config, world: World, lr_output: float) -> tuple:
     prepared = open_prepared(config)
     encoder = make_encoder(config, prepared.manifest)
     classifier = make_classifier(config, prepared.order, encoder.width, world)
-    engine = EncoderEngine(encoder, config.encoder, world, -(-ROWS // world.size), config.train.accumulation)
-    for step, batch in enumerate(batches_of(config, world, config.train.accumulation)):
-        train_step(engine, classifier, batch, world, lr_encoder=1e-3, lr_output=lr_output, step=step, seed=0)
+    engine = EncoderEngine(encoder, config.encoder, world)
+    accumulation = config.train.accumulation
+    for step, batch in enumerate(batches_of(config, world, accumulation)):
+        train_step(engine, classifier, batch, world, lr_encoder=1e-3, lr_output=lr_output, step=step, seed=0, accumulation=accumulation)
     return engine, classifier
 
 
@@ -129,7 +130,7 @@ def check_load(world: World, config: Config, weights: dict[str, Tensor], moments
     from haste_dist.engine import EncoderEngine
     from haste_dist.model import make_encoder, open_prepared
 
-    engine = EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world, ROWS)
+    engine = EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world)
     fresh, none = engine.state()
     assert not none
     assert not all(torch.equal(fresh[k], weights[k]) for k in weights)
@@ -160,6 +161,24 @@ def test_a_restored_engine_takes_the_same_next_step(tmp_path: Path, precision: s
     check_restored_engine(make_prepared(tmp_path, overrides=[f"encoder.precision={precision}"]), join_world("cpu"))
 
 
+@pytest.mark.parametrize("words", ["encoder.zero=0", "encoder.zero=1", "encoder.zero=2", "encoder.precision=bfloat16"])
+def test_deepspeed_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    """What can be seen of it without a GPU (tests/gpu/test_step_gpu.py sees the rest): its timers, and its overlap_comm."""
+    from deepspeed.accelerator import get_accelerator
+
+    from haste_dist.world import join_world
+
+    config, waits = make_prepared(tmp_path, overrides=[words]), []
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *_: waits.append(1))
+    engine = stepped(config, join_world("cpu"), 0.1)[0]
+    for step in range(4):  # the timers start with the third update
+        input_ids = torch.randint(2, 9, (4, 5))
+        x_BD = engine.forward(input_ids, torch.ones_like(input_ids))
+        engine.backward(x_BD, torch.ones_like(x_BD))
+        engine.step(1e-3, step)
+    assert not waits
+
+
 def test_a_frozen_encoder_has_no_optimizer_and_does_not_move(tmp_path: Path) -> None:
     from haste_dist.world import join_world
 
@@ -174,6 +193,28 @@ def test_a_frozen_encoder_has_no_optimizer_and_does_not_move(tmp_path: Path) -> 
     assert classifier.tail.momentum.abs().sum() > 0
 
 
+def test_a_pass_that_is_run_again_has_the_dropout_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from haste_dist.engine import EncoderEngine
+    from haste_dist.model import make_classifier, make_encoder, open_prepared
+    from haste_dist.step import train_step
+    from haste_dist.world import join_world
+
+    config, world = make_prepared(tmp_path, overrides=["encoder.dropout=0.5"]), join_world("cpu")
+    prepared = open_prepared(config)
+    encoder = make_encoder(config, prepared.manifest)
+    engine, classifier = EncoderEngine(encoder, config.encoder, world), make_classifier(config, prepared.order, encoder.width, world)
+    seen: list[Tensor] = []
+    forward = engine.forward
+    monkeypatch.setattr(engine, "forward", lambda *arguments: seen.append(forward(*arguments)) or seen[-1])
+    [batch] = batches_of(config, world, 1)
+    train_step(engine, classifier, batch, world, lr_encoder=1e-3, lr_output=0.1, step=0, seed=0, passes=3)
+    first, repeated = seen[:3], [seen[4], seen[3], seen[2]]  # the last pass is not run again, the others are in reverse
+    assert [x.requires_grad for x in first] == [False, False, True]
+    assert all(x.requires_grad for x in repeated)
+    assert all(torch.equal(a, b) for a, b in zip(first, repeated, strict=True))
+    assert not torch.equal(first[0], first[1][: len(first[0])])
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_told(tmp_path: Path, precision: str, value: float) -> None:
@@ -185,12 +226,13 @@ def step_on_a_bad_gradient(world: World, config: Config, value: float) -> None:
     from haste_dist.engine import EncoderEngine
     from haste_dist.model import make_encoder, open_prepared
 
-    engine = EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world, 4)
+    engine = EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world)
     input_ids = torch.randint(2, 9, (4, 5))
-    for bad in (False, True):
+    for step, bad in enumerate((False, True, False)):
         x_BD = engine.forward(input_ids, torch.ones_like(input_ids))
         dx_BD = torch.ones(x_BD.shape)
         if bad:
             dx_BD[0, 0] = value
         engine.backward(x_BD, dx_BD)
-        assert engine.step(1e-3) is not bad
+        engine.step(1e-3, step)
+        assert engine.first_bad_step() == (1 if step >= 1 else None)

@@ -19,7 +19,6 @@ from haste_dist.fits import check_fits, nearest_that_fit
 from haste_dist.label_groups import head_size
 from haste_dist.live_bytes import LiveBytes
 from haste_dist.memory import (
-    BUCKET,
     COPIES_BYTES,
     GIB,
     HEAD_BYTES,
@@ -111,8 +110,7 @@ def step_within_plan(world: World, words: list[str], tolerance: float) -> None:
     page = config(*words)
     labels, n, s, vocabulary = 40_000, page.train.batch_size, page.data.max_length, 300
     encoder = build_encoder(page.encoder, vocabulary, 0, s)
-    rows = -(-n // world.size)
-    engine = EncoderEngine(encoder, page.encoder, world, rows)
+    engine = EncoderEngine(encoder, page.encoder, world)
     head = head_size(labels, page.output.head_fraction, page.output.group_size)
     groups = -(-(labels - head) // page.output.group_size)
     shard = label_shard(head, groups, page.output.group_size, labels, world.size, world.rank)
@@ -145,10 +143,7 @@ def test_two_ranks_hold_what_was_planned() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_partitioned_optimizers_hold_what_was_planned(precision: str) -> None:
-    """DeepSpeed's bucket is most of it: 1 or 2 GB, which a CPU never touches."""
     step_within_plan(join_world("cpu"), [*SMALL, "train.batch_size=8", "encoder.zero=1", f"encoder.precision={precision}"], 0.1)
-    plan = memory_plan(config(*SMALL, "encoder.zero=1"), Facts(1000, 4, 300, device="cpu"))
-    assert plan.phases["encoder backward"]["gradient bucket"] == 4 * BUCKET
 
 
 # What would fit

@@ -3,9 +3,10 @@
 import itertools
 
 import hypothesis.strategies as st
+import numpy as np
 from hypothesis import given
 
-from haste_dist.sharding import batch_share, label_shard, span
+from haste_dist.sharding import batch_share, label_shard, span, spread
 
 COUNT, PARTS = st.integers(0, 10_000), st.integers(1, 64)
 
@@ -28,6 +29,7 @@ def test_label_shards_hold_each_real_row_once(head: int, groups: int, size: int,
     tails = [row for s in shards for row in range(s.tail_start, s.tail_start + s.tail_rows)]
     assert rows == list(range(head))
     assert tails == list(range(head, labels))
+    assert all(s.all_groups == -(-(labels - head) // size) for s in shards)
 
 
 @given(st.integers(1, 5_000), PARTS)
@@ -38,3 +40,21 @@ def test_batch_shares_gather_to_the_batch_with_padding_last(rows: int, ranks: in
     gathered = [start + i if start + i < stop else None for start, stop, _ in shares for i in range(padded)]
     assert gathered[:rows] == list(range(rows))
     assert set(gathered[rows:]) <= {None}
+
+
+@given(st.integers(1, 20_000), st.integers(1, 64), st.floats(0.0, 1.0))
+def test_every_rank_gets_its_share_of_the_most_frequent_labels(count: int, ranks: int, share: float) -> None:
+    order = spread(count)
+    assert np.array_equal(np.sort(order), np.arange(count))
+    frequent = round(share * count)
+    for rank in range(ranks):
+        start, stop = span(count, ranks, rank)
+        assert abs((order[start:stop] < frequent).sum() - frequent * (stop - start) / count) < 4
+
+
+def test_positives_of_a_long_tailed_head_are_shared_out() -> None:
+    frequency = 1e6 / np.arange(100, 20_100)  # Zipf's law, behind its first hundred
+    for ranks in (2, 3, 4, 8, 16):
+        sums = [frequency[spread(20_000)][slice(*span(20_000, ranks, r))].sum() for r in range(ranks)]
+        assert max(sums) < 1.1 * np.mean(sums)
+        assert max(frequency[slice(*span(20_000, ranks, r))].sum() for r in range(ranks)) > 1.3 * np.mean(sums)

@@ -82,6 +82,29 @@ def test_one_two_and_four_ranks_train_the_same_model(tmp_path: Path) -> None:
                 torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
+def test_the_output_layer_steps_once_on_all_micro_batches(tmp_path: Path) -> None:
+    """As a run without accumulation at the batch size of all of them; the epoch's smallest batch has one text, less than passes."""
+    plain, parts, both = [], [], []
+    for reduction, lr in (("mean", 2.0), ("sum", 0.1)):
+        words = ["train.max_steps=11", "output.tail_dropout=0.2", f"output.reduction={reduction}", f"output.lr={lr}"]
+        plain.append(make_prepared(tmp_path / reduction, texts=161, overrides=words))
+        for runs, name in ((parts, "-parts"), (both, "-both")):
+            runs.append(copy.deepcopy(plain[-1]))
+            runs[-1].train.batch_size, runs[-1].train.accumulation, runs[-1].train.classifier_step = 4, 4, "global"
+            runs[-1].run.folder += name
+    train_all(join_world("cpu"), plain + parts)
+    run_ranks(2, train_all, both)
+    for expected, *others in zip(plain, parts, both, strict=True):
+        losses, weights = read_losses(expected.run.folder), final_tensors(expected.run.folder)
+        assert len(losses) == 11
+        for config in others:
+            np.testing.assert_allclose(read_losses(config.run.folder), losses, rtol=1e-5)
+            got = final_tensors(config.run.folder)
+            for name, tensor in weights.items():
+                torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("grow", ["random", "gradient"])
 def test_a_resumed_run_repeats_the_unbroken_one_exactly(tmp_path: Path, grow: str) -> None:
     """With gradients the stop after 20 steps falls among the four batches that the rewiring after 21 looks at; it replaces 3 of 8."""

@@ -80,6 +80,25 @@ def test_tail_step_is_the_reference(case, config, deterministic):
     compare(dx, value, tail, *reference.tail_step(x_ND, positives, truth, args), truth)
 
 
+@pytest.mark.parametrize("step", [tail_step, head_step])
+def test_positives_outside_the_shard_are_passed_over(step):
+    """Before its first row, in the padding of its last group, behind its last row; such pairs may repeat."""
+    torch.manual_seed(0)
+    tail, x_ND = make_tail(3, 16, 32, 50, 5), torch.randn(40, 50)
+    head = HeadState(torch.randn(43, 50), None, torch.randn(43), None, FIRST_ROW)  # as many rows as the tail's 43
+    state = tail if step is tail_step else head
+    mine = make_positives(43, 40, 0.1)
+    outside = torch.tensor([-FIRST_ROW - 1, -FIRST_ROW - 1, -1, 43, 44, 48, 2**33])
+    row = torch.cat([outside[:3], mine.row, outside[3:]])
+    every = Positives(torch.cat([torch.zeros(3, dtype=torch.int64), mine.batch, torch.arange(4)]), row)
+    expected = copy.deepcopy(state)
+    args = replace(ARGS, deterministic=True)
+    wanted, got = step(x_ND, mine, expected, args, want_loss=True), step(x_ND, every, state, args, want_loss=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert torch.equal(state.weight, expected.weight)
+    assert torch.equal(state.bias, expected.bias)
+
+
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_shards_store_the_same_bits(shards):
     torch.manual_seed(0)

@@ -146,11 +146,11 @@ def check_restored_engine(config: Config, world: World) -> None:
     dx_BD = torch.randn(4, config.encoder.width, generator=generator).to(world.device)
 
     def engine() -> EncoderEngine:
-        return EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world, 4)
+        return EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world)
 
     def step(one: EncoderEngine) -> None:
         one.backward(one.forward(input_ids, torch.ones_like(input_ids)), dx_BD)
-        one.step(1e-3)
+        one.step(1e-3, 1)
 
     first, second = engine(), engine()
     for _ in range(3):

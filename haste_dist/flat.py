@@ -1,0 +1,79 @@
+"""A module whose trained parameters lie end to end in one tensor, and AdamW on a part of it.
+
+The optimizer's side of a step costs the host a fixed time a parameter: hooks, copies into buckets, norms, launches. With one flat
+parameter there is one of each. The module reads views of it, and autograd joins their gradients into the flat one.
+
+Letters: P numbers in the flat tensor: those of matrices first, which weight decay applies to, then those of biases and norms.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class FlatModule(nn.Module):
+    """``module`` with one parameter ``flat`` (P,) in place of all that require a gradient; others stay where they are."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        named.sort(key=lambda pair: pair[1].ndim <= 1)  # stable
+        self.names = [name for name, _ in named]
+        self.shapes = [p.shape for _, p in named]
+        self.sizes = [p.numel() for _, p in named]
+        self.decayed = sum(p.numel() for _, p in named if p.ndim > 1)
+        self.flat = nn.Parameter(torch.cat([p.detach().flatten() for _, p in named]))
+        index = {id(p): i for i, (_, p) in enumerate(named)}
+        self._places: list[list[tuple[nn.Module, str]]] = [[] for _ in named]  # more than one where weights are shared
+        for part in module.modules():
+            for name, p in list(part._parameters.items()):
+                if p is not None and id(p) in index:
+                    del part._parameters[name]
+                    self._places[index[id(p)]].append((part, name))
+        self.module = module
+        self.bind()
+
+    def bind(self) -> None:
+        """Points the module at views of ``flat`` as it is now; with grad enabled, gradients flow back through them."""
+        for view, shape, places in zip(self.flat.split(self.sizes), self.shapes, self._places, strict=True):
+            for part, name in places:
+                part.__dict__[name] = view.view(shape)
+
+    def forward(self, *arguments: Any) -> Any:
+        self.bind()
+        return self.module(*arguments)
+
+    def unflatten(self, flat_P: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, view of its shape) of each trained parameter in ``flat_P``, which may be longer than P."""
+        views = flat_P[: sum(self.sizes)].split(self.sizes)
+        return ((name, view.view(shape)) for name, view, shape in zip(self.names, views, self.shapes, strict=True))
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """AdamW on a flat tensor, or on this rank's part of one, after clipping by the norm of the whole gradient.
+
+    Nothing here makes the host wait: DeepSpeed's own clipping asks the GPU twice a step whether the norm is finite.
+    """
+
+    def __init__(self, flat: nn.Parameter, decayed: int, clip: float, weight_decay: float, **options: Any):
+        """``decayed``: weight decay applies to the first this many numbers; ``clip`` 0: never."""
+        super().__init__([flat], weight_decay=0.0, **options)
+        self.decayed, self.clip, self.decay = decayed, clip, weight_decay
+        self.first, self.partitioned = 0, False  # where the part begins in the whole; set where ZeRO has cut it
+        self.norm = torch.zeros((), device=flat.device)  # of the last gradient, before clipping
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        [group] = self.param_groups
+        [part] = group["params"]
+        squares = torch.linalg.vector_norm(part.grad, dtype=torch.float32).square()
+        if self.partitioned:
+            dist.all_reduce(squares)
+        self.norm = squares.sqrt()
+        if self.clip:
+            part.grad.mul_((self.clip / (self.norm + 1e-6)).clamp(max=1.0))
+        part[: max(0, self.decayed - self.first)].mul_(1 - group["lr"] * self.decay)
+        super().step(closure)

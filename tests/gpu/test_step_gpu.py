@@ -1,0 +1,54 @@
+"""The training step on a GPU: the host launches it and waits for nothing.
+
+Run on a GPU host: python -m pytest tests/gpu
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_prepared
+
+from haste_dist.engine import EncoderEngine
+from haste_dist.loader import BatchMaker, open_texts
+from haste_dist.model import make_classifier, make_encoder, open_prepared
+from haste_dist.step import train_step
+from haste_dist.world import join_world
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("a step waits for the GPU")
+
+
+@pytest.mark.parametrize("words", [("encoder.zero=0",), ("encoder.zero=2", "encoder.clip=0"), ("encoder.precision=float32",)], ids=str)
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], kernels: str) -> None:
+    """Two steps an update and two passes a step; the loss too, for reading it is the caller's."""
+    monkeypatch.setenv("HASTE_KERNELS", kernels)
+    config = make_prepared(tmp_path, overrides=["launch.device=cuda", "output.tail_dropout=0.2", "output.fan_in=16", *words])
+    world, prepared = join_world("cuda"), open_prepared(config)
+    encoder = make_encoder(config, prepared.manifest)
+    engine, classifier = EncoderEngine(encoder, config.encoder, world), make_classifier(config, prepared.order, encoder.width, world)
+    texts = open_texts(prepared.folder, prepared.manifest, "train", 0.0, 0)
+    maker = BatchMaker(texts, prepared.order.row_of_label, prepared.manifest.splits["train"].max_labels, 0, 1, 0, pin=True)
+    batches = [maker.make(np.arange(13 * i, 13 * i + 13)) for i in range(8)]
+    for step, batch in enumerate(batches):
+        if step == 4:  # all is compiled, allocated and set up
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            monkeypatch.setattr(torch.cuda, "synchronize", refuse)  # which that mode does not see
+        try:
+            more = {"passes": 2, "accumulation": 2, "want_loss": step % 2 == 0, "keep": True}
+            loss = train_step(engine, classifier, batch, world, lr_encoder=1e-3, lr_output=0.1, step=step, seed=0, **more)
+        except BaseException:
+            torch.cuda.set_sync_debug_mode("default")
+            raise
+    torch.cuda.set_sync_debug_mode("default")
+    assert loss is None
+    assert engine.first_bad_step() is None

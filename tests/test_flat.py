@@ -1,0 +1,74 @@
+"""The flat parameter: the same gradients, the same updates as torch's AdamW on each parameter."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from haste_dist.flat import ClippedAdamW, FlatModule
+
+OPTIONS = {"lr": 0.1, "betas": (0.9, 0.99)}
+
+
+class Twice(nn.Module):
+    """Shared weights, a norm, a bias, and a matrix that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.fixed = nn.Linear(6, 6, bias=False).requires_grad_(False)
+        self.second = nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.fixed(self.first(x))).tanh())
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_updates_are_those_of_adamw_on_each_parameter(clip: float) -> None:
+    torch.manual_seed(0)
+    plain = Twice()
+    flat = FlatModule(copy.deepcopy(plain))
+    trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": 0.3},
+        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    reference, mine = torch.optim.AdamW(groups, **OPTIONS), ClippedAdamW(flat.flat, flat.decayed, clip, 0.3, **OPTIONS)
+    assert {name for name, _ in flat.named_parameters()} == {"flat", "module.fixed.weight"}
+    for _ in range(4):
+        x = torch.randn(5, 6)
+        for model, optimizer in ((plain, reference), (flat, mine)):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            if clip and model is plain:
+                norm = nn.utils.clip_grad_norm_(trained.values(), clip)
+                assert norm > clip
+            optimizer.step()
+        if clip:
+            torch.testing.assert_close(mine.norm, norm)
+    found = dict(flat.unflatten(flat.flat))
+    assert set(found) == set(trained)
+    for name, p in trained.items():
+        torch.testing.assert_close(found[name], p, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("first", [5, 36, 40])
+def test_parts_of_the_flat_tensor_decay_what_is_theirs(first: int) -> None:
+    """A cut among the 36 numbers that decay, behind them, and among the others."""
+    torch.manual_seed(0)
+    flat = FlatModule(Twice())
+    whole = ClippedAdamW(flat.flat, flat.decayed, 0.0, 0.3, **OPTIONS)
+    flat.flat.grad = torch.randn_like(flat.flat)
+    parts = []
+    for start, stop in ((0, first), (first, flat.flat.numel())):
+        part = nn.Parameter(flat.flat.detach()[start:stop].clone())
+        part.grad = flat.flat.grad[start:stop].clone()
+        optimizer = ClippedAdamW(part, flat.decayed, 0.0, 0.3, **OPTIONS)
+        optimizer.first = start
+        optimizer.step()
+        parts.append(part.detach())
+    whole.step()
+    assert flat.decayed == 36
+    torch.testing.assert_close(torch.cat(parts), flat.flat.detach())
