@@ -8,13 +8,14 @@ Letters: B texts of one rank, S tokens, P parameters.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from haste_dist.config import EncoderConfig
 from haste_dist.encoder import build_encoder
@@ -55,7 +56,7 @@ def _dry_run(key: tuple[Any, ...], vocabulary: int, pad_id: int, rows: int, toke
         if config.frozen:
             encoder.requires_grad_(False)
         held = [*encoder.parameters(), *encoder.buffers(), ids, mask]
-        with _AsOnAGpu(), LiveBytes(held) as live:
+        with _as_on_a_gpu(), LiveBytes(held) as live:
             base = live.now
             with torch.no_grad():
                 encoder.eval()(ids, mask)
@@ -94,15 +95,20 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
-class _AsOnAGpu(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            q, k, v, mask = (*args, *([None] * (4 - len(args))))[:4]
-            return _Attention.apply(q, k, v, kwargs.get("attn_mask", mask))
-        if func is F.dropout:
-            x, p, training = args[0], kwargs.get("p", args[1] if len(args) > 1 else 0.5), kwargs.get("training", True)
-            return torch.native_dropout(x, p, True)[0] if p and training else x
-        if func is Tensor.all:  # transformers asks whether the mask hides nothing; in batches of mixed lengths it does
-            return False
-        return func(*args, **kwargs)
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Puts the stand-ins in place. A mode of torch's would not be seen where checkpointing runs a layer again in the backward pass."""
+    attention, dropout, hides_nothing = F.scaled_dot_product_attention, F.dropout, Tensor.all
+
+    def stand_in(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Any:
+        return _Attention.apply(q, k, v, attn_mask)
+
+    def drop(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(x, p, True)[0] if p and training else x
+
+    F.scaled_dot_product_attention, F.dropout = stand_in, drop  # type: ignore[assignment]
+    Tensor.all = lambda *_, **__: False  # type: ignore  # transformers asks whether the mask hides nothing; mixed lengths do hide
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.dropout, Tensor.all = attention, dropout, hides_nothing  # type: ignore[method-assign]

@@ -107,7 +107,7 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     phases = {
         "encoder forward": {"activations": needs.forward, "batch": batch["batch"]},
         "output layer": {**batch, **masked, "activations": needs.kept, "kernel workspace": work + 32 * n * facts.most_labels},
-        "encoder backward": {**batch, "activations": needs.backward, "gradients": joined},
+        "encoder backward": {**batch, "activations": needs.backward, "flat gradient": joined},
         "optimizer": {**batch, "gradients": gradients, "update": stepping},
         "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size),
         "making the initial weights": {"random numbers": min(1 << 28, 16 * weights) + min(PLAIN_BYTES[facts.device], 64 * t * tail_width)},
@@ -148,16 +148,16 @@ def _optimizer_state(config: Config, needs: EncoderNeeds, x_bytes: int, ranks: i
 
 
 def _gradients(config: Config, needs: EncoderNeeds, x_bytes: int, ranks: int) -> tuple[int, int, int]:
-    """Gradients in the backward pass; those that wait for the update; what the update makes.
+    """The flat gradient beside those it is joined from; what of it waits for the update; what the update makes of it.
 
-    Autograd joins the parameters' gradients into the flat one, so that both are there; ZeRO casts a partition of it to float32.
+    At ZeRO 1 and 2 the update copies a partition's gradient and casts it to float32.
     """
     if config.encoder.frozen:
         return 0, 0, 0
     p = needs.trained
-    if config.encoder.zero == 0 and x_bytes != HALF:
-        return x_bytes * 2 * p, x_bytes * p, 0
-    return x_bytes * 2 * p, x_bytes * p // ranks, (x_bytes + 4 * (x_bytes == HALF)) * p // ranks
+    partitioned = config.encoder.zero > 0 or x_bytes == HALF
+    own = p // ranks if partitioned else p
+    return x_bytes * p, x_bytes * own, (x_bytes + 4 * (x_bytes == HALF)) * own if partitioned else 0
 
 
 def _head_workspace(cuda: bool, n: int, rows: int, width: int, weight: int, x_bytes: int) -> int:
