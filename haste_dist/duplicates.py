@@ -42,7 +42,7 @@ class UidLedger:
         for file in self._files:
             with self._errors():
                 file.flush()
-            entries = np.fromfile(file.name, ENTRY)
+            entries = np.frombuffer(Path(file.name).read_bytes(), ENTRY)
             order = np.lexsort((entries["row"], entries["shard"], entries["low"], entries["high"]))
             entries = entries[order]
             same = (entries["high"][1:] == entries["high"][:-1]) & (entries["low"][1:] == entries["low"][:-1])
