@@ -29,6 +29,9 @@ DROPOUT_FIELDS = (
     "dropout",
 )
 SCRATCH_LAYERS = 2
+# Of a (B, S) mask transformers asks the GPU whether it hides anything, and the host waits for the answer in every pass. Models of these
+# families, in which every token sees all others, take the (B, 1, S, S) mask that it would make.
+WHOLE_MASK = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert", "ernie", "nomic_bert")
 
 
 class Encoder(nn.Module):
@@ -43,9 +46,14 @@ class Encoder(nn.Module):
         self.pooling = pooling
         self.normalize = normalize
         self.width: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
+        config: Any = model.config
+        self.whole_mask = config.model_type in WHOLE_MASK and config._attn_implementation == "sdpa"
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden_BSD = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask
+        if self.whole_mask:
+            mask = mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+        hidden_BSD = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
         if self.pooling == "cls":
             x_BD = hidden_BSD[:, 0]
         else:
@@ -134,7 +142,7 @@ def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_lengt
         raise ConfigError(
             "encoder.attention=flash: the package flash-attn or a GPU for it is missing; install it or set encoder.attention=sdpa"
         )
-    attention = {"sdpa": "sdpa", "flash": "flash_attention_2"}[config.attention]
+    attention = {"sdpa": None, "flash": "flash_attention_2"}[config.attention]  # None: SDPA, or the model's own where it has none
     try:
         if config.name == "scratch" or not pretrained:
             model = AutoModel.from_config(made, attn_implementation=attention, trust_remote_code=False)

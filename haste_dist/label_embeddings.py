@@ -86,14 +86,16 @@ def embed_labels(config: Config, folder: Path, manifest: Manifest, device: torch
     work.mkdir(parents=True, exist_ok=True)
     if config.groups.features == "tfidf" and not (work / IDF).is_file():
         with replacing(work / IDF) as file:
-            np.save(file, inverse_document_frequency(open_split(folder, manifest, "train"), manifest.tokenizer.vocab_size))
+            np.save(
+                file, inverse_document_frequency(open_split(folder, manifest, "train"), manifest.tokenizer.vocab_size), allow_pickle=False
+            )
     with progress() as bars:
         bar = bars.add_task("embedding texts", total=sum(task.texts for task in tasks))
         todo = [task for task in tasks if not (work / task.name).is_file()]
         bars.advance(bar, sum(task.texts for task in tasks) - sum(task.texts for task in todo))
         _embed_all(config, folder, manifest, device, work, todo, lambda texts: bars.advance(bar, texts))
     untrained, missing = _sum_labels(config, folder, manifest, work, tasks, own)
-    return LabelEmbeddings(np.load(work / VECTORS, mmap_mode="c"), int(own.sum()), untrained, missing)
+    return LabelEmbeddings(np.load(work / VECTORS, mmap_mode="c", allow_pickle=False), int(own.sum()), untrained, missing)
 
 
 def add_label_sums(sums_LD: np.ndarray, embeddings_nD: np.ndarray, labels: Ragged) -> None:
@@ -155,7 +157,7 @@ class _Worker:
 
 def make_embedder(config: Config, manifest: Manifest, device: torch.device, work: Path) -> Embedder:
     if config.groups.features == "tfidf":
-        return tfidf_embedder(np.load(work / IDF), config.run.seed)
+        return tfidf_embedder(np.load(work / IDF, allow_pickle=False), config.run.seed)
     return encoder_embedder(config, manifest, device)
 
 
@@ -181,7 +183,7 @@ def _texts(task: Task, config: Config, folder: Path, manifest: Manifest) -> Iter
 
 def _sum_labels(config: Config, folder: Path, manifest: Manifest, work: Path, tasks: list[Task], own: np.ndarray) -> tuple[int, int]:
     """Writes the label vectors, a range of labels at a time; returns how many have no training text, and neither text."""
-    width = np.load(work / tasks[0].name, mmap_mode="r").shape[1]
+    width = np.load(work / tasks[0].name, mmap_mode="r", allow_pickle=False).shape[1]
     size = max(1, SUM_BYTES // (4 * width))
     untrained, random = 0, np.random.default_rng([config.run.seed, MISSING_STREAM])
     missing = 0
@@ -192,14 +194,14 @@ def _sum_labels(config: Config, folder: Path, manifest: Manifest, work: Path, ta
             sums_RD = np.zeros((stop - start, width), np.float32)
             for task in tasks:
                 if task.shard:
-                    _add_shard(sums_RD, np.load(work / task.name, mmap_mode="r"), folder / task.shard, start)
+                    _add_shard(sums_RD, np.load(work / task.name, mmap_mode="r", allow_pickle=False), folder / task.shard, start)
             untrained += int((~sums_RD.any(axis=1)).sum())
             _normalise(sums_RD)
             for task in tasks:
                 if not task.shard and task.start < stop and start < task.stop:
                     labels = task.start + np.flatnonzero(own[task.start : task.stop])
                     here = (labels >= start) & (labels < stop)
-                    sums_RD[labels[here] - start] += np.load(work / task.name, mmap_mode="r")[here]
+                    sums_RD[labels[here] - start] += np.load(work / task.name, mmap_mode="r", allow_pickle=False)[here]
             _normalise(sums_RD)
             absent = np.flatnonzero(~sums_RD.any(axis=1))
             sums_RD[absent] = _normalise(random.standard_normal((len(absent), width), np.float32))

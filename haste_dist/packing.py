@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haste_dist.bisection import BLOCK_BYTES, halve, matmul, seriate, take, unit
+from haste_dist.bisection import BLOCK_BYTES, halve, matmul, on_grid, seriate, take, unit
 from haste_dist.manifest import replacing
 
 SEEDS = 512  # most seeds of a round: its similarities take SEEDS * m * 4 bytes
@@ -146,7 +146,8 @@ def _centroids(vectors_nD: Tensor, groups_TG: Tensor, device: torch.device) -> T
     for begin in range(0, groups, at_a_time):
         part = groups_TG[begin : begin + at_a_time]
         x_TGD = take(vectors_nD, part.flatten(), device).view(-1, group_size, width)
-        made_TD[begin : begin + len(part)] = unit(x_TGD.sum(1, dtype=torch.float32))
+        # On the grid before it is stored: float16 would round once more, on a GPU only. In float64 a norm's last bit does not matter.
+        made_TD[begin : begin + len(part)] = on_grid(unit(x_TGD.sum(1, dtype=torch.float32).double()), device)
     return made_TD
 
 
@@ -155,11 +156,11 @@ def _finished(folder: Path | None, number: int, rows: Tensor) -> Tensor | None:
     path = folder / f"part-{number:05d}.npy" if folder else None
     if path is None or not path.is_file():
         return None
-    order = torch.from_numpy(np.load(path))
+    order = torch.from_numpy(np.load(path, allow_pickle=False))
     return order if torch.equal(order.sort().values, rows) else None
 
 
 def _keep(folder: Path | None, number: int, order: Tensor) -> None:
     if folder:
         with replacing(folder / f"part-{number:05d}.npy") as file:
-            np.save(file, order.numpy())
+            np.save(file, order.numpy(), allow_pickle=False)

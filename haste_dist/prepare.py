@@ -40,6 +40,7 @@ from haste_dist.manifest import (
 from haste_dist.mirror import ORDER_FILES, copy_folder, fetch, publish
 from haste_dist.pipeline import Plan, run
 from haste_dist.rows import Problem
+from haste_dist.sealed import CHECKSUMS
 from haste_dist.shards import is_intact, read_page, read_shard, shard_sums, write_shard
 from haste_dist.sources import SPLITS, Source, count_labels, detect_format, find_source
 from haste_dist.storage import Location, whole_address
@@ -56,6 +57,7 @@ def prepare(config: Config) -> Manifest:
     Raises ConfigError or DataError, in one line, for settings or input that cannot be used, and where the disk is full.
     """
     from haste_dist.encoder import load_tokenizer, tokenizer_fingerprint  # torch and transformers: seconds to import
+    from haste_dist.verify import seal_data
 
     data = config.data
     _check_settings(config)
@@ -96,7 +98,8 @@ def prepare(config: Config) -> Manifest:
     if not folder.is_local:
         fetch(folder, work)
     _order_labels(config, work, manifest)
-    publish(work, folder, ORDER_FILES)
+    seal_data(work)
+    publish(work, folder, (*ORDER_FILES, CHECKSUMS))
     return manifest
 
 
@@ -133,11 +136,11 @@ def _clear(folder: Location, work: Path) -> None:
     """Removes what an earlier run left beside its shards, the manifest first. Shards are told from stale ones by their pages."""
     try:
         work.mkdir(parents=True, exist_ok=True)
-        for name in (MANIFEST, *TABLES, *ORDER_FILES):
+        for name in (MANIFEST, *TABLES, *ORDER_FILES, CHECKSUMS):
             (work / name).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{error.filename or work}: cannot be made or replaced ({error.strerror}); check data.prepared") from None
-    publish(work, folder, (MANIFEST, *TABLES, *ORDER_FILES))
+    publish(work, folder, (MANIFEST, *TABLES, *ORDER_FILES, CHECKSUMS))
 
 
 def _remove_leftovers(folder: Location, manifest: Manifest) -> None:

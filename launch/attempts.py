@@ -91,7 +91,7 @@ def may_pass(error: BaseException) -> bool:
 def newest_step(run: Path) -> int:
     """Steps of the newest complete checkpoint, 0 without one."""
     found = checkpoint.newest(run / CHECKPOINTS)
-    return int(found.name.removeprefix("step-")) if found else 0
+    return checkpoint.step_of(found) if found else 0
 
 
 def _causes(error: BaseException) -> list[BaseException]:

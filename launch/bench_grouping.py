@@ -87,7 +87,7 @@ def made_up(labels: int, width: int, device: torch.device, seed: int = 0) -> Ten
 def read_vectors(file: str) -> Tensor:
     """(L, D) of length 1, from a .npy file. Raises ConfigError."""
     try:
-        found = np.load(file)
+        found = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--vectors {file}: not a readable .npy file ({error})") from None
     if found.ndim != 2 or found.dtype not in (np.float16, np.float32) or not len(found):

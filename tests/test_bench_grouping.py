@@ -43,7 +43,7 @@ def test_files_of_vectors_are_checked(tmp_path: Path, capsys: pytest.CaptureFixt
         assert words in capsys.readouterr().err
 
     refused("not a readable .npy file")
-    np.save(file, np.ones((3, 4), np.float32))
+    np.save(file, np.ones((3, 4), np.float32), allow_pickle=False)
     refused("its rows must have length 1, one has 2")
-    np.save(file, np.ones(3, np.float32))
+    np.save(file, np.ones(3, np.float32), allow_pickle=False)
     refused("holds float32 of shape (3,)")

@@ -76,7 +76,8 @@ def save_what_is_not_finite(world: World, folder: Path) -> None:
         Saver(folder / "saved", CheckpointConfig(), world, "o") as saver,
     ):
         saver.save(RunState(7), engine_for(folder, world), layer)
-    assert not list(folder.glob("saved/*"))
+    if world.is_first:  # who removes what was begun
+        assert not list(folder.glob("saved/*"))
 
 
 def test_numbers_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:

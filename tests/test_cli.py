@@ -192,7 +192,6 @@ def test_a_run_is_read_with_its_own_page_and_from_where_it_lies_now(tmp_path: Pa
 def test_prepare_runs_inside_a_ray_session_and_train_gets_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     import haste_dist.prepare
     import haste_dist.sources
-    import haste_dist.verify
     import haste_launch.ray_session
     import haste_launch.ray_train
 
@@ -207,12 +206,11 @@ def test_prepare_runs_inside_a_ray_session_and_train_gets_the_settings(monkeypat
     monkeypatch.setattr(haste_launch.ray_session, "ray_session", session)
     monkeypatch.setattr(haste_dist.sources, "find_source", lambda data: order.append(data))
     monkeypatch.setattr(haste_dist.prepare, "prepare", lambda config: order.append(config))
-    monkeypatch.setattr(haste_dist.verify, "seal_data", order.append)
     monkeypatch.setattr(haste_launch.ray_train, "train", lambda config: order.append(config) or 0)
     wanted = load_config("demo", ["run.seed=3"])
     assert cli.main(["prepare", "demo", "run.seed=3"]) == 0
     assert cli.main(["train", "demo", "run.seed=3"]) == 0
-    assert order == [wanted.data, "up", wanted, "down", Path(wanted.data.prepared), wanted]
+    assert order == [wanted.data, "up", wanted, "down", wanted]
 
 
 def test_evaluate_prints_what_the_ranks_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_prepared, read_losses, run_ranks
+from transformers import AutoConfig, AutoModel
 
-from haste_dist.config import Config, load_config
+from haste_dist.config import Config, EncoderConfig, load_config
+from haste_dist.encoder import WHOLE_MASK, Encoder, build_encoder
 from haste_dist.errors import ConfigError
 from haste_dist.train import train
 from haste_dist.world import World, join_world
@@ -36,6 +38,37 @@ def test_checkpointing_and_compiling_change_no_loss(tmp_path: Path, monkeypatch:
     train_all(join_world("cpu"), [plain, checkpointed, compiled, reference])
     assert read_losses(checkpointed.run.folder) == read_losses(plain.run.folder)
     np.testing.assert_allclose(read_losses(compiled.run.folder), read_losses(reference.run.folder), rtol=1e-5)
+
+
+def tiny_model(family: str) -> torch.nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    if family == "distilbert":
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+    if family in ("electra", "albert"):
+        sizes["embedding_size"] = 32
+    torch.manual_seed(0)
+    return AutoModel.from_config(AutoConfig.for_model(family, **sizes, vocab_size=100, pad_token_id=0)).eval()
+
+
+@pytest.mark.parametrize("family", [*WHOLE_MASK, "mpnet"])
+def test_a_whole_mask_hides_what_a_mask_of_texts_hides(family: str) -> None:
+    """Where a family cannot take it, or has attention of its own as mpnet has, it is not made."""
+    encoder = Encoder(tiny_model(family))
+    assert encoder.whole_mask == (family in WHOLE_MASK)
+    ids = torch.randint(5, 99, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = mask[1, 6:] = 0
+    with torch.no_grad():
+        x_BD = encoder(ids, mask)
+        encoder.whole_mask = False
+        assert torch.equal(x_BD, encoder(ids, mask))
+        torch.testing.assert_close(x_BD[:1], encoder(ids[:1, :4], mask[:1, :4]))
+
+
+def test_a_model_without_sdpa_is_built(tmp_path: Path) -> None:
+    tiny_model("mpnet").save_pretrained(tmp_path)
+    config = EncoderConfig(name=str(tmp_path))
+    assert build_encoder(config, 100, 0).width == 32
 
 
 def test_attention_kernels_that_are_missing_are_told(tmp_path: Path) -> None:

@@ -136,8 +136,8 @@ def test_a_killed_packing_keeps_its_finished_parts(tmp_path: Path, monkeypatch: 
 
 def test_float16_in_a_mapped_file_gives_the_same_groups(tmp_path: Path) -> None:
     x = on_grid(unit_vectors(500), CPU)
-    np.save(tmp_path / "x.npy", x.numpy().astype(np.float16))
-    mapped = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="c"))
+    np.save(tmp_path / "x.npy", x.numpy().astype(np.float16), allow_pickle=False)
+    mapped = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="c", allow_pickle=False))
     assert torch.equal(packed(mapped, 16, search=100), packed(x, 16, search=100))
 
 

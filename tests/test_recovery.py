@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from test_launch import SECONDS, alive_with, wait_for
-from tiny import free_port, make_prepared, read_losses
+from tiny import FULL, free_port, make_prepared, read_losses
 
 from haste_dist.config import Config, save_config
 from haste_dist.errors import HasteError
@@ -62,6 +62,7 @@ def test_a_killed_and_a_hung_rank_change_nothing_but_the_time(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="a minute long; set HASTE_FULL=1")
 def test_a_lost_node_leaves_a_run_that_goes_on_with_fewer_ranks(tmp_path: Path, short: Path) -> None:
     """A cluster of two nodes of one CPU each on this machine; the second, which holds a rank, is killed whole."""
     config = make_prepared(tmp_path, overrides=["launch.ranks=2", "train.epochs=20", "train.evaluate_every=0", "train.checkpoint_every=10"])
@@ -75,7 +76,7 @@ def test_a_lost_node_leaves_a_run_that_goes_on_with_fewer_ranks(tmp_path: Path, 
         start_node(["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={short}"], marks[0], environment)
         wait_for(lambda: answers(port))
         start_node([f"--address=127.0.0.1:{port}"], marks[1], environment)
-        wait_for(lambda: any(b"RuntimeEnvAgent" in command_of(pid) for pid in alive_with(marks[1])))  # the node has joined
+        wait_for(lambda: any(b"raylet" in command_of(pid) for pid in alive_with(marks[1])))
         words = [sys.executable, "-m", "haste_launch.cli", "train", str(tmp_path / "c.yaml"), f"launch.address=127.0.0.1:{port}"]
         process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
         wait_for(lambda: (run / "metrics.jsonl").exists() and step_of(run) > 12)

@@ -76,9 +76,10 @@ def runs_what_a_file_says(source: str) -> list[str]:
             found += [f"{at}: imports {name}" for name in names if name.split(".")[0] in PICKLES or RUNS_A_FILE.fullmatch(name)]
         if isinstance(node, ast.Call):
             called, words = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
-            if RUNS_A_FILE.fullmatch(called):
+            plain_array = called in {"np.load", "np.save"} and words.get("allow_pickle") == "False"
+            if RUNS_A_FILE.fullmatch(called) and not plain_array:
                 found.append(f"{at}: {called}")
-            found += [f"{at}: {word}" for word in words if word in {"allow_pickle", "weights_only", "auto_map"}]
+            found += [f"{at}: {word}" for word in words if word in {"allow_pickle", "weights_only", "auto_map"} and not plain_array]
             found += [f"{at}: {word}={words[word]}" for word, value in SAFE_WORDS.items() if words.get(word, value) != value]
             if re.fullmatch(r"Auto\w+\.(from_pretrained|from_config)", called) and "trust_remote_code" not in words:
                 found.append(f"{at}: {called} asks on the terminal; say trust_remote_code=False")
@@ -105,6 +106,8 @@ def test_no_code_runs_what_a_file_says(path: Path) -> None:
         "torch.load('x', weights_only=True)",
         "np.load('x')",
         "numpy.load('x', allow_pickle=True)",
+        "np.load('x', allow_pickle=True)",
+        "np.save('x', y)",
         "pd.read_pickle('x')",
         "yaml.load(text, Loader=yaml.Loader)",
         "yaml.unsafe_load(text)",

@@ -66,7 +66,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     encoder = build_encoder(config.encoder, 202, 0, 16)
     encoder.model.config.save_pretrained(tmp_path / "model")  # type: ignore[union-attr, operator]
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
-    with pytest.raises(ConfigError, match="cannot load the weights"):
+    with pytest.raises(ConfigError, match="cannot load "):
         build_encoder(EncoderConfig(name=str(tmp_path / "model")), 202, 0, 16)
 
 
