@@ -80,9 +80,10 @@ def may_pass(error: BaseException) -> bool:
     """Whether it makes sense to start again: a rank was lost, or all that is said is what ranks say whose peers were lost."""
     from ray.exceptions import RayError
     from ray.train.v2._internal.exceptions import RayTrainError
+    from torch import OutOfMemoryError
 
     causes = _causes(error)
-    if any(isinstance(one, HasteError) for one in causes):
+    if any(isinstance(one, HasteError | OutOfMemoryError) for one in causes):
         return False
     lost = (RayError, RayTrainError)
     return any(isinstance(one, lost) for one in causes) or all(isinstance(one, RuntimeError | OSError) for one in causes)

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from haste_dist.live_bytes import LiveBytes
 from haste_launch.bench_case import Ceilings
 
 FLUSH_BYTES = 256 << 20  # several times any cache there is
@@ -74,7 +73,7 @@ def peak_gib(call: Callable[[], Any], device: torch.device, held: Callable[[], l
         call()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / GIB
-    with _LiveTensors(held()) as live:
+    with LiveBytes(held()) as live:
         call()
     return live.peak / GIB
 
@@ -106,26 +105,3 @@ def _gemm(side: int, dtype: torch.dtype, device: torch.device, seconds: float) -
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return time_calls(lambda: torch.mm(a, b, out=out), device, seconds).p50_ms
-
-
-class _LiveTensors(TorchDispatchMode):
-    """The most bytes of distinct storages alive after any operation, those of ``held`` included."""
-
-    def __init__(self, held: list[Tensor]):
-        super().__init__()
-        self.peak = 0
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._count(held)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._count(result if isinstance(result, list | tuple) else [result])
-        return result
-
-    def _count(self, values: Any) -> None:
-        for value in values:
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))

@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from haste_dist.manifest import replacing
 from haste_dist.plot import BLUE, GREEN, GREY, ORANGE, RED
 from haste_launch.bench_case import Case
+from haste_launch.progress import short
 
 if TYPE_CHECKING:
     from haste_launch.bench import Row
@@ -111,11 +112,3 @@ def _draw(axis: Axes, rows: Sequence["Row"], name: str, figure: str, scale: floa
     axis.grid(True, color="#E6E6E6", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def short(value: float) -> str:
-    """A count in at most four digits: 4,096 is 4096, 655,360 is 655k, 2,812,288 is 2.81M."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if value >= 10 * size or (unit == "M" and value >= size):
-            return f"{float(f'{value / size:.3g}'):g}{unit}"
-    return f"{value:g}"

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_launch import SECONDS, alive_with, wait_for
 from tiny import FULL, free_port, make_prepared, read_losses
 
@@ -150,6 +151,7 @@ def test_what_may_pass() -> None:
     assert may_pass(Lost(RayActorError(), KeyError("a peer's bug does not hide that a rank died")))
     assert not may_pass(Lost(KeyError("a bug")))
     assert not may_pass(Lost(peer, HasteError("a mistake")))
+    assert not may_pass(Lost(peer, torch.OutOfMemoryError("it will be as full again")))
     assert not may_pass(KeyError("a bug of the driver"))
 
 
