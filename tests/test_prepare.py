@@ -94,6 +94,7 @@ class TestWithRay:
         assert len(unseen) > 0
         assert (manifest.unseen_test_labels, manifest.unseen_test_positives) == (len(set(unseen)), len(unseen))
         assert sorted(contents(folder)) == [
+            "checksums.json",
             "groups.json",
             "label_texts.arrow",
             "labels.arrow",
