@@ -39,21 +39,23 @@ def command_of(pid: int) -> bytes:
 
 
 @pytest.mark.slow
-def test_a_killed_and_a_hung_rank_change_nothing_but_the_time(tmp_path: Path) -> None:
-    config = make_prepared(tmp_path, overrides=["launch.ranks=2", "train.epochs=20", "train.evaluate_every=0", "train.checkpoint_every=10"])
-    config.launch.timeout = 8
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.skipif(not FULL, reason="HASTE_FULL=1 runs it"))]
+)
+def test_a_killed_or_hung_rank_changes_nothing_but_the_time(tmp_path: Path, number: int) -> None:
+    config = make_prepared(tmp_path, overrides=["launch.ranks=2", "train.epochs=30", "train.evaluate_every=0", "train.checkpoint_every=10"])
+    config.launch.timeout = 20 if number == signal.SIGSTOP else 120
     save_config(config, tmp_path / "c.yaml")
     mark, run = f"mark-{uuid.uuid4()}", Path(config.run.folder)
     words = [sys.executable, "-m", "haste_launch.cli", "train", str(tmp_path / "c.yaml")]
     process = subprocess.Popen(words, env={**os.environ, "HASTE_TEST_MARK": mark}, stderr=subprocess.PIPE, text=True)
     try:
-        for failures, (number, after) in enumerate(((signal.SIGKILL, 12), (signal.SIGSTOP, 60))):
-            wait_for(lambda after=after: (run / "metrics.jsonl").exists() and step_of(run) > after)
-            os.kill(ranks_with(mark)[1], number)
-            wait_for(lambda failures=failures: [e["event"] for e in read_events(run)].count("failure") > failures)
+        wait_for(lambda: (run / "metrics.jsonl").exists() and step_of(run) > 12)
+        os.kill(ranks_with(mark)[1], number)
         _, said = process.communicate(timeout=SECONDS)
         assert process.returncode == 0, said
-        assert said.count("going on from step ") == 2
+        assert said.count("going on from step ") == 1
+        assert [e["event"] for e in read_events(run)].count("failure") == 1
         config.run.folder += "-whole"
         train(config, join_world("cpu"))
         np.testing.assert_allclose(read_losses(run), read_losses(config.run.folder), rtol=1e-5)
