@@ -7,7 +7,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from haste_dist.inspection import Page
-from haste_dist.plot import BLUE, GREEN, GREY, ORANGE
+from haste_dist.plot import BLUE, GREEN, GREY, ORANGE, tidy
 
 COLOURS = (BLUE, ORANGE, GREEN)
 BARS = 60  # most bars of a histogram
@@ -20,9 +20,7 @@ def draw(kind: str, page: Page) -> Figure:
     axes = figure.subplots(1, 2)
     {"data": _draw_data, "labels": _draw_labels, "groups": _draw_groups}[kind](axes, page.series)
     for axis in axes:
-        axis.grid(True, color="#E6E6E6", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=9, framealpha=0.9)
     return figure

@@ -51,9 +51,7 @@ def draw_run(events: Sequence[Event], name: str) -> Figure:
         for i, step in enumerate(resumed):
             axis.axvline(step, color=GREY, linestyle=":", linewidth=1, zorder=0, label="resumed" if i == 0 else "_")
     for axis in axes:
-        axis.grid(True, color="#E6E6E6", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
     for axis, where in zip(axes, ("upper right", "lower right", "upper right", "lower right"), strict=True):
         handles, labels = axis.get_legend_handles_labels()
         for other in axis.figure.axes:
@@ -78,6 +76,13 @@ def valid_events(events: Sequence[Event]) -> dict[str, list[Event]]:
         elif event["event"] in kept and "step" in event:
             kept[event["event"]][event["step"]] = event
     return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in kept.items()}
+
+
+def tidy(axis: Axes) -> None:
+    """What all plots of this project have in common: a light grid behind the curves, no frame above and to the right."""
+    axis.grid(True, color="#E6E6E6", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_loss(axis: Axes, steps: list[Event]) -> None:

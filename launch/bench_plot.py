@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from haste_dist.manifest import replacing
-from haste_dist.plot import BLUE, GREEN, GREY, ORANGE, RED
+from haste_dist.plot import BLUE, GREEN, GREY, ORANGE, RED, tidy
 from haste_launch.bench_case import Case
 from haste_launch.progress import short
 
@@ -109,6 +109,4 @@ def _draw(axis: Axes, rows: Sequence["Row"], name: str, figure: str, scale: floa
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.grid(True, color="#E6E6E6", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    tidy(axis)

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from haste_dist.cost_model import CostModel, load_of_row
 from haste_dist.manifest import replacing
-from haste_dist.plot import BLUE, GREEN, GREY, ORANGE, RED
+from haste_dist.plot import BLUE, GREEN, GREY, ORANGE, RED, tidy
 from haste_dist.study import KEYS, Row, layer_ms, measured
 from haste_launch.progress import short
 
@@ -47,9 +47,7 @@ def draw_study(rows: Sequence[Row], model: CostModel | None) -> Figure:
     for axis in axes:
         if model is not None and axis is not axes[2]:
             axis.plot([], [], color=GREY, linewidth=1.3, label="cost model")
-        axis.grid(True, color="#E6E6E6", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, framealpha=0.9)
     return figure
