@@ -57,6 +57,9 @@ class DataConfig:
     reader: str = setting(
         "mmap", "how training reads the shards: memory-mapped by each rank, or streamed through Ray Data", choices=("mmap", "ray")
     )
+    label_texts: int = setting(
+        0, "times an epoch that each label's own text is a training text, with that label (0: never)", low=0, high=100
+    )
     workers: int = setting(0, "CPUs that prepare uses (0: all of the machine or cluster)", low=0)
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from haste_dist import augmentation
 from haste_dist.config import Config
 from haste_dist.manifest import Manifest, open_split
 from haste_dist.sharding import batch_share
@@ -41,7 +42,7 @@ class Texts:
     """Random access to the token ids and labels of a split (or a part of it) without copying it into memory."""
 
     def __init__(self, table: pa.Table, positions: np.ndarray | None = None):
-        """``positions``: rows of ``table`` that belong here, ascending; None for all."""
+        """``positions``: rows of ``table`` that belong here, ascending, some more than once perhaps; None for all."""
         self._ids = RaggedColumn(table.column("input_ids"))
         self._labels = RaggedColumn(table.column("labels"))
         self.positions = np.arange(table.num_rows) if positions is None else positions
@@ -92,14 +93,22 @@ class RaggedColumn:
         return np.concatenate([np.diff(o) for o in self._offsets] or [np.zeros(0)]).astype(np.int64)
 
 
-def open_texts(prepared: Path, manifest: Manifest, split: str, dev_fraction: float, seed: int) -> Texts:
-    """``train``, ``dev`` or ``test``; with a ``dev_fraction`` the dev texts are cut from the training split by the seed."""
+def open_texts(prepared: Path, manifest: Manifest, split: str, dev_fraction: float, seed: int, label_texts: int = 0) -> Texts:
+    """``train``, ``dev`` or ``test``; with a ``dev_fraction`` the dev texts are cut from the training split by the seed.
+
+    ``label_texts``: times that the labels' own texts stand behind those of ``train``. Raises ConfigError where they were not prepared.
+    """
     table = open_split(prepared, manifest, "test" if split == "test" else "train")  # dev texts are stored with train
-    if split == "test" or (split == "train" and not dev_fraction):
+    if split == "test":
         return Texts(table)
-    shuffled = np.random.default_rng([seed, DEV_STREAM]).permutation(table.num_rows)
+    shuffled = np.random.default_rng([seed, DEV_STREAM]).permutation(table.num_rows) if dev_fraction else np.arange(table.num_rows)
     dev = round(dev_fraction * table.num_rows)
-    return Texts(table, np.sort(shuffled[:dev] if split == "dev" else shuffled[dev:]))
+    chosen = np.sort(shuffled[:dev] if split == "dev" else shuffled[dev:])
+    if split == "train" and label_texts:
+        own = table.num_rows + augmentation.kept_rows(prepared, manifest, shuffled[:dev])
+        table = pa.concat_tables([table, open_split(prepared, manifest, augmentation.SPLIT)])
+        chosen = np.concatenate([chosen, np.repeat(own, label_texts)])
+    return Texts(table, chosen)
 
 
 def epoch_order(lengths: np.ndarray, batch_size: int, buckets: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -182,7 +191,7 @@ def training_batches(config: Config, maker: BatchMaker, batch_size: int, prepare
         return TrainingBatches(*wanted)
     from haste_dist.ray_reader import RayBatches
 
-    return RayBatches(*wanted, prepared, config.data.dev_fraction)
+    return RayBatches(*wanted, prepared, config.data)
 
 
 def scoring_batches(maker: BatchMaker, batch_size: int, limit: int = 0) -> Iterator[Batch]:

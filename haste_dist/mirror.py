@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from haste_dist.augmentation import TWINS
 from haste_dist.errors import DataError
 from haste_dist.manifest import LABEL_TEXTS, MANIFEST, Shard, read_manifest, replacing
 from haste_dist.sealed import CHECKSUMS
@@ -52,7 +53,7 @@ def fetch(place: Location, copy: Path) -> None:
         file.write(data)
     manifest = read_manifest(copy, new.name)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    small = [LABEL_TEXTS, QUARANTINE, *ORDER_FILES, CHECKSUMS, *(f"filter_{split}.arrow" for split in manifest.filters)]
+    small = [LABEL_TEXTS, QUARANTINE, TWINS, *ORDER_FILES, CHECKSUMS, *(f"filter_{split}.arrow" for split in manifest.filters)]
     with ThreadPoolExecutor(TRANSFERS) as pool:
         list(pool.map(lambda name: _download(place, copy, name), (name for name in small if (place / name).is_file())))
         list(pool.map(lambda shard: _download_shard(place, copy, shard, same), shards))

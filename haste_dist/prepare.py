@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from haste_dist import tables
+from haste_dist import augmentation, tables
 from haste_dist.blocks import make_parts
 from haste_dist.config import Config
 from haste_dist.duplicates import UidLedger
@@ -47,7 +47,7 @@ from haste_dist.storage import Location, whole_address
 from haste_dist.tokens import tokenizer_rules
 
 OURS = re.compile(r"\d{5,}\.(arrow|json)|\..*\.part")  # names that prepare gives to files of a split
-TABLES = (LABEL_TEXTS, tables.QUARANTINE, *(tables.filter_file(split) for split in SPLITS))
+TABLES = (LABEL_TEXTS, tables.QUARANTINE, augmentation.TWINS, *(tables.filter_file(split) for split in SPLITS))
 REPORT_SECONDS = 5.0  # between progress lines where there is no terminal
 
 
@@ -78,6 +78,7 @@ def prepare(config: Config) -> Manifest:
     started, written, stop = time.perf_counter(), 0, data.on_error == "stop"
     if not folder.is_local and (folder / MANIFEST).is_file():
         fetch(folder, work)
+    rules = tokenizer_rules(tokenizer.backend_tokenizer, data.max_length, side)
     manifest = _complete(folder, work, fingerprint, stop)
     if manifest is None:
         _clear(folder, work)
@@ -89,10 +90,10 @@ def prepare(config: Config) -> Manifest:
                 raise DataError(f"{files[0]}: no texts; put the {split} texts there")
             parts += found
         plan = Plan(tuple(parts), folder, labels, data.rows_per_shard, fingerprint)
-        rules = tokenizer_rules(tokenizer.backend_tokenizer, data.max_length, side)
         manifest = Manifest(origin, 0, data.max_length, record, {}, fingerprint=fingerprint)
         in_splits, written = _convert(plan, rules, data.workers, stop, work)
         _finish(source, plan, in_splits, stop, data.limit, work, manifest)
+    written += _label_texts(config, folder, work, manifest, rules)
     _remove_leftovers(folder, manifest)
     _print_summary(manifest, folder, written, time.perf_counter() - started)
     if not folder.is_local:
@@ -146,7 +147,7 @@ def _clear(folder: Location, work: Path) -> None:
 def _remove_leftovers(folder: Location, manifest: Manifest) -> None:
     """Removes pages, which have done their duty, and the shards of earlier settings."""
     keep = {folder / shard.file for split in manifest.splits.values() for shard in split.shards}
-    for file in (file for split in SPLITS for file in (folder / split).files()):
+    for file in (file for split in (*SPLITS, augmentation.SPLIT) for file in (folder / split).files()):
         if OURS.fullmatch(file.name) and file not in keep:
             file.delete()
 
@@ -271,6 +272,35 @@ def _finish(source: Source, plan: Plan, found: dict[str, Found], stop: bool, lim
     manifest.quarantined = tables.write_quarantine(work, (p for some in (sorted(problems), _problems(plan, found)) for p in some))
     write_manifest(work, manifest)
     publish(work, plan.folder, (*TABLES, MANIFEST))
+
+
+def _label_texts(config: Config, folder: Location, work: Path, manifest: Manifest, rules: str) -> int:
+    """Makes the split of label texts where it is asked for and not there, or takes it away; returns the number of rows written."""
+    name, data = augmentation.SPLIT, config.data
+    if not data.label_texts:
+        if manifest.splits.pop(name, None):
+            write_manifest(work, manifest)
+            (work / augmentation.TWINS).unlink(missing_ok=True)
+            publish(work, folder, (MANIFEST, augmentation.TWINS))
+        return 0
+    if name in manifest.splits and (work / augmentation.TWINS).is_file():
+        return 0
+    texts = augmentation.write_source(work)
+    publish(work, folder, (augmentation.SOURCE,))
+    parts = make_parts(name, "arrow", [folder / augmentation.SOURCE], data.rows_per_shard, 0)
+    plan = Plan(tuple(parts), folder, manifest.labels, data.rows_per_shard, manifest.fingerprint)
+    found, written = _convert(plan, rules, data.workers, False, work)
+    manifest.splits[name] = found[name].tally.split()
+    write_manifest(work, manifest)
+    (work / augmentation.SOURCE).unlink()
+    publish(work, folder, (MANIFEST, augmentation.SOURCE))
+    if not folder.is_local:
+        fetch(folder, work)
+    twins = augmentation.write_twins(work, manifest)
+    publish(work, folder, (augmentation.TWINS,))
+    told = f"label texts: {texts - manifest.splits[name].rows:,} without a token; {twins:,} equal a test text and are never trained on"
+    Console().print(told, highlight=False, soft_wrap=True)
+    return written
 
 
 def _order_labels(config: Config, folder: Path, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from haste_dist.config import DataConfig
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.loader import Batch, BatchMaker, RaggedColumn, Texts, ahead, open_texts
 from haste_dist.manifest import read_manifest
@@ -29,10 +30,10 @@ ROWS_STREAM, POOL_STREAM, BATCH_STREAM = 2, 3, 4  # loader.py has streams 0 and 
 class RayBatches:
     """The endless sequence of training batches; ``steps_per_epoch`` of them make an epoch. Ray must be running."""
 
-    def __init__(self, maker: BatchMaker, batch_size: int, buckets: int, seed: int, prepared: Path, dev_fraction: float):
-        """``prepared`` and ``dev_fraction`` say again, for tasks elsewhere, what the texts of ``maker`` are."""
+    def __init__(self, maker: BatchMaker, batch_size: int, buckets: int, seed: int, prepared: Path, data: DataConfig):
+        """``prepared`` and ``data`` say again, for tasks elsewhere, what the texts of ``maker`` are."""
         self._maker, self._buckets, self._seed = maker, buckets, seed
-        self._prepared, self._dev_fraction = prepared, dev_fraction
+        self._texts = (str(prepared), data.dev_fraction, seed, data.label_texts)
         self._rows, self._batch_size = len(maker.texts), batch_size
         self.steps_per_epoch = -(-self._rows // batch_size)
 
@@ -94,7 +95,7 @@ class RayBatches:
         context.execution_options.preserve_order = True
         with DataContext.current(context):
             slices = ray.data.from_items([{"start": int(start), "stop": int(stop)} for start, stop in ranges])
-            task = partial(_read_task, prepared=str(self._prepared), dev_fraction=self._dev_fraction, seed=self._seed)
+            task = partial(_read_task, chosen=self._texts)
             # Ranks hold the CPUs that Ray counts, so the tasks ask for none.
             tables = slices.map_batches(task, batch_size=SLICES_A_TASK, batch_format="pyarrow", num_cpus=0, concurrency=TASKS)
             for table in tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
@@ -167,8 +168,8 @@ class RowStream:
         )
 
 
-def _read_task(batch: pa.Table, prepared: str, dev_fraction: float, seed: int) -> pa.Table:
-    texts = _texts(prepared, dev_fraction, seed)
+def _read_task(batch: pa.Table, chosen: tuple[str, float, int, int]) -> pa.Table:
+    texts = _texts(*chosen)
     rows = np.concatenate(
         [np.arange(start, stop) for start, stop in zip(*batch.select(["start", "stop"]).to_pydict().values(), strict=True)]
     )
@@ -179,5 +180,5 @@ def _read_task(batch: pa.Table, prepared: str, dev_fraction: float, seed: int) -
 
 
 @lru_cache(maxsize=1)
-def _texts(prepared: str, dev_fraction: float, seed: int) -> Texts:
-    return open_texts(Path(prepared), read_manifest(prepared), "train", dev_fraction, seed)
+def _texts(prepared: str, dev_fraction: float, seed: int, label_texts: int) -> Texts:
+    return open_texts(Path(prepared), read_manifest(prepared), "train", dev_fraction, seed, label_texts)

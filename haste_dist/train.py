@@ -13,6 +13,7 @@ from pathlib import Path
 
 from haste_dist import checkpoint
 from haste_dist.agreement import same_error
+from haste_dist.augmentation import check_label_texts
 from haste_dist.checkpoint import RunState
 from haste_dist.collectives import StopVote, barrier
 from haste_dist.config import Config, TrainConfig, save_config
@@ -90,6 +91,8 @@ def check_run(config: Config) -> Prepared:
     """All that can be checked before ranks start. Raises HasteError."""
     prepared = open_prepared(config)
     check_features(config, prepared.manifest)
+    if config.data.label_texts:
+        check_label_texts(prepared.folder, prepared.manifest)
     folder = Path(config.run.folder) / CHECKPOINTS
     found = checkpoint.newest(folder)
     if config.run.resume == "must" and found is None:
@@ -111,8 +114,9 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, bias_init=prior_bias(config, prepared.manifest)))
     run = Path(config.run.folder)
     saved = run / CHECKPOINTS
-    texts = open_texts(prepared.folder, prepared.manifest, "train", config.data.dev_fraction, config.run.seed)
-    held_out = "dev" if config.data.dev_fraction else "test"
+    data = config.data
+    texts = open_texts(prepared.folder, prepared.manifest, "train", data.dev_fraction, config.run.seed, data.label_texts)
+    held_out = "dev" if data.dev_fraction else "test"
     most_labels = prepared.manifest.splits["train"].max_labels
     pin = world.device.type == "cuda"
     maker = BatchMaker(texts, prepared.order.row_of_label, most_labels, prepared.manifest.tokenizer.pad_id, world.size, world.rank, pin)

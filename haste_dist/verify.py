@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 from safetensors import SafetensorError, safe_open
 
+from haste_dist import augmentation
 from haste_dist.checkpoint import ENCODER, OPTIMIZER, PAGE, STEP_NAME, complete, pointed, read_page, step_of, verify_files
 from haste_dist.classifier import feature_slice
 from haste_dist.config import load_config
@@ -106,6 +107,8 @@ def _verify_data(folder: Path, found: Findings) -> None:
         if len(found.bad) == before:
             found.check(folder / name, _check_split, folder, manifest, name)
     found.check(folder / LABEL_TEXTS, _check_label_texts, folder, manifest)
+    if augmentation.SPLIT in manifest.splits:
+        found.check(folder / augmentation.TWINS, _check_twins, folder, manifest)
     for name in manifest.filters:
         found.check(folder / f"filter_{name}.arrow", _check_filter, folder, manifest, name)
     found.check(folder / LABELS_FILE, _check_order, folder, manifest.labels)
@@ -171,6 +174,12 @@ def _check_label_texts(folder: Path, manifest: Manifest) -> None:
     table = read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)
     _need(table.num_rows == manifest.labels, f"has {table.num_rows} labels, the manifest says {manifest.labels}")
     _need_range(table["frequency"].to_numpy(), 0, manifest.splits["train"].rows, "frequencies")
+
+
+def _check_twins(folder: Path, manifest: Manifest) -> None:
+    table = read_arrow(folder / augmentation.TWINS, augmentation.TWIN_SCHEMA)
+    _need_range(table["row"].to_numpy(), 0, manifest.splits[augmentation.SPLIT].rows - 1, "rows")
+    _need_range(table["train"].to_numpy(), -1, manifest.splits["train"].rows - 1, "training texts")
 
 
 def _check_filter(folder: Path, manifest: Manifest, name: str) -> None:

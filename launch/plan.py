@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from haste_dist.augmentation import SPLIT as LABEL_TEXTS_SPLIT
 from haste_dist.classifier import feature_slice
 from haste_dist.config import Config
 from haste_dist.cost_model import CostModel, Load, Network, kept_path, load_model, load_of
@@ -66,7 +67,7 @@ def plan(config: Config, words: Words) -> int:
     console.print(table(made, where, facts))
     tokens = _mean_tokens(config, manifest)
     load = load_of_run(config, facts, made, tokens)
-    texts = _count("--texts", words.texts) if words.texts else manifest.splits["train"].rows if manifest else 0
+    texts = _count("--texts", words.texts) if words.texts else _texts(config, manifest) if manifest else 0
     for line in times(load, where, texts, tokens, words):
         console.print(line, soft_wrap=True)
     if where.gib is not None:
@@ -163,6 +164,11 @@ def _manifest(config: Config, words: Words) -> Manifest | None:
         if words.labels:
             return None
         raise ConfigError(f"{error}; or plan without data: --labels L --texts T") from None
+
+
+def _texts(config: Config, manifest: Manifest) -> int:
+    own = manifest.splits.get(LABEL_TEXTS_SPLIT)
+    return manifest.splits["train"].rows + (config.data.label_texts * own.rows if own else 0)
 
 
 def _mean_tokens(config: Config, manifest: Manifest | None) -> int:

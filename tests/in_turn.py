@@ -1,14 +1,17 @@
-"""Prepare without Ray, its tasks run in turn: what the tests of kills, bad input and object stores share."""
+"""Prepare and data.reader=ray without Ray, their tasks run in turn: what tests of many kinds share."""
 
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pytest
 
-from haste_dist import pipeline
+from haste_dist import pipeline, ray_reader
 from haste_dist.config import Config, load_config
+from haste_dist.ray_reader import RayBatches
 
 LABELS = 40
 
@@ -19,6 +22,19 @@ def run_in_turn(plan: pipeline.Plan, rules: str, workers: int) -> Iterator[dict[
         items = list(pipeline._read_task(pa.table({"part": [part]}), plan))
         for item in random.Random(1).sample(items, len(items)):
             yield from pipeline._write_task(item, plan, rules).to_pylist()
+
+
+def read_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks of data.reader=ray in this process, on slices of 10 rows."""
+
+    def read(self: RayBatches, ranges: np.ndarray) -> Iterator[pa.Table]:
+        for start in range(0, len(ranges), 3):
+            part = ranges[start : start + 3]
+            yield ray_reader._read_task(pa.table({"start": part[:, 0], "stop": part[:, 1]}), self._texts)
+
+    monkeypatch.setattr(RayBatches, "_read", read)
+    monkeypatch.setattr(RayBatches, "from_step", RayBatches._sequence)
+    monkeypatch.setattr(ray_reader, "SLICE", 10)
 
 
 def settings(source: Path | str, prepared: Path | str, wordpiece: Path, *overrides: str) -> Config:

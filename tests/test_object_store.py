@@ -89,8 +89,8 @@ def test_prepared_in_a_store_and_trained_from_a_copy(
     lines = json_lines(TRAIN)
     write_lines(source / "trn.json", [*lines[:50], b"{", lines[3], *lines[50:]])
     monkeypatch.setattr(haste_dist.prepare, "run", run_in_turn)
-    prepare(settings(source, tmp_path / "local", wordpiece))
-    config = settings(source, "s3://lake/prepared/one", wordpiece)
+    prepare(settings(source, tmp_path / "local", wordpiece, "data.label_texts=1"))
+    config = settings(source, "s3://lake/prepared/one", wordpiece, "data.label_texts=1")
     manifest = prepare(config)
     folder = open_prepared(config).folder
     assert folder == copy_folder(Location("s3://lake/prepared/one"))

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_turn import read_in_turn
 from tiny import make_prepared
 
 from haste_dist import ray_reader
@@ -27,7 +27,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def batches_of(config: Config, ranks: int, rank: int) -> RayBatches:
     folder = Path(config.data.prepared)
     manifest = read_manifest(folder)
-    texts = open_texts(folder, manifest, "train", config.data.dev_fraction, config.run.seed)
+    texts = open_texts(folder, manifest, "train", config.data.dev_fraction, config.run.seed, config.data.label_texts)
     made = training_batches(config, BatchMaker(texts, np.arange(manifest.labels), 5, 0, ranks, rank), config.train.batch_size, folder)
     assert isinstance(made, RayBatches)
     return made
@@ -35,20 +35,6 @@ def batches_of(config: Config, ranks: int, rank: int) -> RayBatches:
 
 def take(source: Iterator[Batch], count: int) -> list[Batch]:
     return list(itertools.islice(source, count))
-
-
-def in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tasks without Ray."""
-
-    def read(self: RayBatches, ranges: np.ndarray) -> Iterator[pa.Table]:
-        for start in range(0, len(ranges), 3):
-            part = ranges[start : start + 3]
-            table = pa.table({"start": part[:, 0], "stop": part[:, 1]})
-            yield ray_reader._read_task(table, str(self._prepared), self._dev_fraction, self._seed)
-
-    monkeypatch.setattr(RayBatches, "_read", read)
-    monkeypatch.setattr(RayBatches, "from_step", RayBatches._sequence)
-    monkeypatch.setattr(ray_reader, "SLICE", 10)
 
 
 @settings(max_examples=100)
@@ -62,7 +48,7 @@ def test_stretches_of_an_epoch_hold_every_row_once(rows: int, epoch: int, cuts: 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_share_every_epoch(config: Config, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_turn(monkeypatch)
+    read_in_turn(monkeypatch)
     steps = batches_of(config, ranks, 0).steps_per_epoch
     assert steps == 13  # 203 texts, 16 a batch: the last has 11
     of_rank = [take(batches_of(config, ranks, rank).from_step(0), 2 * steps) for rank in range(ranks)]
@@ -78,7 +64,7 @@ def test_ranks_share_every_epoch(config: Config, ranks: int, monkeypatch: pytest
 
 
 def test_a_batch_holds_what_the_shards_hold(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_turn(monkeypatch)
+    read_in_turn(monkeypatch)
     source = batches_of(config, 1, 0)
     texts = source._maker.texts
     for batch in take(source.from_step(3), 12):
@@ -89,14 +75,14 @@ def test_a_batch_holds_what_the_shards_hold(config: Config, monkeypatch: pytest.
 
 
 def test_a_stream_continues_from_any_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_turn(monkeypatch)
+    read_in_turn(monkeypatch)
     whole = [batch.texts.tolist() for batch in take(batches_of(config, 2, 1).from_step(0), 30)]
     for step in (1, 7, 12, 13, 20):
         assert [b.texts.tolist() for b in take(batches_of(config, 2, 1).from_step(step), 30 - step)] == whole[step:]
 
 
 def test_a_lost_row_is_told(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_turn(monkeypatch)
+    read_in_turn(monkeypatch)
     read = RayBatches._read
     monkeypatch.setattr(RayBatches, "_read", lambda self, ranges: read(self, ranges[:-1]))
     with pytest.raises(DataError, match=r"data.reader=ray: \d+ rows came to this rank in an epoch, of 203 by the manifest"):
@@ -117,6 +103,6 @@ def test_through_ray_an_epoch_is_the_same(config: Config, monkeypatch: pytest.Mo
     streamed = [batch.texts.tolist() for batch in take(batches_of(config, 2, 1).from_step(0), 15)]
     with monkeypatch.context() as patch:
         slice_rows = ray_reader.SLICE
-        in_turn(patch)
+        read_in_turn(patch)
         patch.setattr(ray_reader, "SLICE", slice_rows)
         assert streamed == [batch.texts.tolist() for batch in take(batches_of(config, 2, 1).from_step(0), 15)]
