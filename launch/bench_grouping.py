@@ -7,9 +7,10 @@ Letters: L labels, D width, G group size.
 """
 
 import resource
+import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from haste_dist.world import choose_device
 CHUNK = 2**18  # vectors made at once
 CLUSTER = 100  # labels of a cluster on average, and clusters of a cluster
 WRONG = 1  # exit status
+REPORT_SECONDS = 2.0  # between progress lines where there is no terminal
 
 
 def bench_grouping(args: Namespace) -> int:
@@ -99,9 +101,22 @@ def read_vectors(file: str) -> Tensor:
 
 
 @contextmanager
-def _progress(labels: int) -> Iterator:
-    console = Console(stderr=True)
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
-        bar = bars.add_task("", total=labels)
-        yield lambda count: bars.advance(bar, count)
+def _progress(labels: int) -> Iterator[Callable[[int], None]]:
+    """A function that takes how many more labels are packed: a bar on a terminal, else a line on stderr every few seconds."""
+    console, began = Console(stderr=True), time.perf_counter()
+    if console.is_terminal:
+        columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as bars:
+            bar = bars.add_task("", total=labels)
+            yield lambda count: bars.advance(bar, count)
+        return
+    packed, told = 0, began
+
+    def line(count: int) -> None:
+        nonlocal packed, told
+        packed, now = packed + count, time.perf_counter()
+        if now - told >= REPORT_SECONDS or packed == labels:
+            told = now
+            print(f"packed {packed:,} of {labels:,} labels after {now - began:.1f} s", file=sys.stderr, flush=True)
+
+    yield line
