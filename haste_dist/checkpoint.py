@@ -12,7 +12,8 @@ checkpoints/
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,16 +56,43 @@ def load(checkpoint: Path, engine: EncoderEngine | None, classifier: Classifier,
 
     Of the label rows a rank reads, and checks, only the files that hold its own. Raises CheckpointError.
     """
-    page = read_page(checkpoint)
-    if page["label_order"] != fingerprint:
-        raise CheckpointError(f"{checkpoint}: belongs to another label order than the prepared folder's; use the data it was trained with")
+    page = _page_of(checkpoint, fingerprint)
     verify_files(checkpoint, page, (name for name in page["files"] if not name.startswith("output")))
-    try:
+    with _told(checkpoint, page):
         if engine is not None:
             engine.load_state(load_file(checkpoint / ENCODER), load_file(checkpoint / OPTIMIZER))
         load_rows(checkpoint, page, classifier)
         _load_kept(checkpoint, page, classifier)
         return RunState(**page["state"])
+
+
+def load_encoder(checkpoint: Path, engine: EncoderEngine, fingerprint: str) -> None:
+    """The encoder alone, for prediction: of all files only its own is read. Raises CheckpointError."""
+    page = _page_of(checkpoint, fingerprint)
+    verify_files(checkpoint, page, [ENCODER])
+    with _told(checkpoint, page):
+        engine.load_state(load_file(checkpoint / ENCODER), {})
+
+
+def load_labels(checkpoint: Path, classifier: Classifier, fingerprint: str) -> None:
+    """The label rows of ``classifier``'s shard alone, for prediction: it may have no momentum. Raises CheckpointError."""
+    page = _page_of(checkpoint, fingerprint)
+    with _told(checkpoint, page):
+        load_rows(checkpoint, page, classifier, momentum=False)
+
+
+def _page_of(checkpoint: Path, fingerprint: str) -> dict:
+    page = read_page(checkpoint)
+    if page["label_order"] != fingerprint:
+        raise CheckpointError(f"{checkpoint}: belongs to another label order than the prepared folder's; use the data it was trained with")
+    return page
+
+
+@contextmanager
+def _told(checkpoint: Path, page: dict) -> Iterator[None]:
+    """What goes wrong inside is a CheckpointError, which names a damaged file where there is one."""
+    try:
+        yield
     except CheckpointError:
         verify_files(checkpoint, page)  # what does not fit may be a damaged file that this rank would not have needed
         raise
@@ -153,15 +181,18 @@ def resolve(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def load_rows(checkpoint: Path, page: dict, classifier: Classifier) -> None:
-    """Fills each tensor of this rank's shard from whichever files hold its rows. Raises CheckpointError, SafetensorError."""
+def load_rows(checkpoint: Path, page: dict, classifier: Classifier, momentum: bool = True) -> None:
+    """Fills each tensor of this rank's shard from whichever files hold its rows. Raises CheckpointError, SafetensorError.
+
+    ``momentum=False``: what the files hold of it is passed over.
+    """
     wanted = classifier.tensors()
     filled = dict.fromkeys(wanted, 0)
     for path in (checkpoint / name for name in page["files"] if name.startswith("output")):
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; {MEND}")
         with safe_open(path, framework="pt") as file:
-            starts = file.metadata() or {}
+            starts = {name: start for name, start in (file.metadata() or {}).items() if momentum or "momentum" not in name}
             if set(starts) != set(wanted):
                 raise CheckpointError(f"{path}: holds {sorted(starts)}, this configuration needs {sorted(wanted)}")
             spans = {name: _overlap(tensor.shape[0], start, file, name, int(starts[name])) for name, (tensor, start) in wanted.items()}

@@ -18,13 +18,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from haste_dist.errors import ConfigError
+from haste_dist.setting import setting
+from haste_dist.use_config import PredictConfig, ServeConfig
 
 GROUP_SIZES = (1, 16, 32, 64, 128)
-
-
-def setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
-    """A dataclass field with its documentation and its range; ``low`` and ``high`` are inclusive."""
-    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices})
 
 
 @dataclass
@@ -224,6 +221,8 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
 
 def load_config(file: str | Path | None = None, overrides: list[str] | None = None) -> Config:

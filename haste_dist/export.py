@@ -6,13 +6,15 @@ OUT/
   model.json           what predict.py must know of the layer
   output.safetensors   head and tail: weights, biases, indices, in the precision they were trained in; no optimizer state
   encoder/             Hugging Face layout: config.json, model.safetensors, tokenizer
-  labels.arrow, groups.json, config.yaml, checksums.json    for haste predict and haste verify
+  labels.arrow, groups.json, config.yaml, calibration.json (where there is one), checksums.json    for haste predict and haste verify
 """
 
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from haste_dist import checkpoint, plain_predict
+from haste_dist import calibration, checkpoint, plain_predict
 from haste_dist.checkpoint import ENCODER, load_rows
 from haste_dist.classifier import Classifier, feature_slice
 from haste_dist.config import Config, load_config, save_config
@@ -61,6 +63,8 @@ def export(run: str | Path, out: str | Path, checkpoint_name: str = "best") -> P
         write_tensors(part / OUTPUT, tensors, dict.fromkeys(tensors, "0"))
         for name in (LABELS_FILE, GROUPS_FILE):
             shutil.copyfile(run / name, part / name)
+        if calibration.read_calibration(run, found.name) != calibration.Calibration():
+            shutil.copyfile(run / calibration.FILE, part / calibration.FILE)
         shutil.copyfile(plain_predict.__file__, part / "predict.py")
         width = json.loads((part / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))["hidden_size"]
         described = _describe(config, order, width)
@@ -88,11 +92,22 @@ def check_export(folder: Path) -> None:
         raise HasteError(f"{folder / PAGE}: schema version {version}, this program reads {SCHEMA_VERSION}; {AGAIN}")
 
 
-def load_exported(folder: Path, encoder: Encoder, classifier: Classifier) -> None:
-    """Fills both from an exported folder; the classifier has no momentum. Raises CheckpointError."""
-    try:
+def fill_encoder(folder: Path, encoder: Encoder) -> None:
+    """The weights of an exported folder's encoder. Raises CheckpointError."""
+    with _fits(folder):
         encoder.model.load_state_dict(load_file(folder / ENCODER_FOLDER / WEIGHTS))
+
+
+def fill_labels(folder: Path, classifier: Classifier) -> None:
+    """The rows of the classifier's shard, without momentum, from an exported folder. Raises CheckpointError."""
+    with _fits(folder):
         load_rows(folder, {"files": read_checksums(folder, AGAIN)}, classifier)
+
+
+@contextmanager
+def _fits(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: does not fit its own settings ({str(error).splitlines()[0]}); {AGAIN}") from None
 

@@ -73,6 +73,19 @@ class LabelOrder:
     def rows(self) -> int:
         return len(self.label_of_row)
 
+    def label_at(self, rows: np.ndarray) -> np.ndarray:
+        """Labels of output rows, of any shape; -1 stays -1."""
+        return np.where(rows < 0, -1, self.label_of_row[np.maximum(rows, 0)])
+
+    def neighbours(self, label: int) -> np.ndarray:
+        """The other labels of a label's group; none for a label of the head."""
+        row = int(self.row_of_label[label])
+        if row < self.head_rows:
+            return np.empty(0, np.int64)
+        first = row - (row - self.head_rows) % self.group_size
+        group = self.label_of_row[first : first + self.group_size]
+        return group[(group >= 0) & (group != label)]
+
     @property
     def fingerprint(self) -> str:
         """sha256 that is equal for two orders which give every label the same row and group."""

@@ -84,7 +84,7 @@ def run(plan: Plan, rules: str, workers: int) -> Generator[dict[str, Any], None,
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # an item is a whole block already: never join two into one
     readers = max(2, int(workers or ray.cluster_resources().get("CPU", 1)) // CPUS_A_READER)
-    with DataContext.current(context), _quiet():
+    with DataContext.current(context), quiet():
         # The readers ask for no CPU: they mostly wait, and a CPU of their own would cost a machine of two cores half its speed.
         blocks = ray.data.from_items([{"part": part} for part in range(len(plan.parts))]).map_batches(
             partial(_read_task, plan=plan), batch_size=1, batch_format="pyarrow", num_cpus=0, concurrency=min(readers, len(plan.parts))
@@ -100,7 +100,7 @@ def run(plan: Plan, rules: str, workers: int) -> Generator[dict[str, Any], None,
             for batch in records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 yield from pa.table(batch).to_pylist()
         except Exception as error:
-            raise _unwrap(error) from None
+            raise unwrap(error, "prepare", "data.rows_per_shard or data.workers") from None
 
 
 def _read_task(batch: pa.Table, plan: Plan) -> Iterator[pa.Table]:
@@ -162,8 +162,8 @@ def _write_block(plan: Plan, part: Part, block: Block, rules: str) -> dict[str, 
     }
 
 
-def _unwrap(error: BaseException) -> BaseException:
-    """The HasteError inside an error of Ray; one line for a worker that died; else the error itself."""
+def unwrap(error: BaseException, command: str, lower: str) -> BaseException:
+    """The HasteError inside an error of Ray; one line for a worker of ``command`` that died; else the error itself."""
     from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
     inner: BaseException | None = error
@@ -171,11 +171,11 @@ def _unwrap(error: BaseException) -> BaseException:
         inner = getattr(inner, "cause", None) or inner.__cause__
     if inner is None or isinstance(inner, HasteError):
         return inner or error
-    return DataError(f"a prepare worker died ({first_line(inner)}); with too little memory, lower data.rows_per_shard or data.workers")
+    return DataError(f"a {command} worker died ({first_line(inner)}); with too little memory, lower {lower}")
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps Ray Data's own messages off the terminal (they stay in its log file)."""
     handlers = [handler for handler in logging.getLogger("ray.data").handlers if handler.name == "console"]
     levels = [handler.level for handler in handlers]

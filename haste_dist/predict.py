@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text as Styled
 
+from haste_dist.calibration import Calibration
 from haste_dist.errors import ConfigError, DataError
+from haste_dist.label_groups import LABELS_FILE, ORDER_SCHEMA, LabelOrder
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, first_line, read_arrow, replacing
 from haste_dist.metrics import Ragged
 
@@ -68,19 +70,32 @@ class Prediction:
 class LabelNames:
     """What to show for a label: its text, else its uid, else its number."""
 
-    def __init__(self, table: pa.Table) -> None:
-        """``table`` of LABEL_SCHEMA, row i being label i; may be memory-mapped."""
-        self._table = table
+    def __init__(self, table: pa.Table, place: NDArray[np.int64] | None = None) -> None:
+        """``table`` with columns uid and text, row ``place[i]`` (default: row i) being label i; may be memory-mapped."""
+        self._text, self._uid = table.column("text"), table.column("uid")
+        self._place = place
 
     @classmethod
     def read(cls, prepared: str | Path) -> "LabelNames":
         """Of a prepared folder. Raises DataError."""
         return cls(read_arrow(Path(prepared) / LABEL_TEXTS, LABEL_SCHEMA))
 
+    @classmethod
+    def of_run(cls, folder: str | Path, order: LabelOrder) -> "LabelNames":
+        """The label texts that a run or exported folder keeps, so that prediction needs no prepared folder. Raises DataError."""
+        text = read_arrow(Path(folder) / LABELS_FILE, ORDER_SCHEMA)["text"]
+        return cls(pa.table({"uid": pa.nulls(len(text), pa.string()), "text": text}), order.row_of_label)
+
     def of(self, labels: NDArray[np.int64]) -> list[str]:
         """Names of label ids (n,)."""
-        text, uid = self._table.column("text"), self._table.column("uid")
-        return [text[i].as_py() or uid[i].as_py() or f"label {i}" for i in labels.tolist()]
+        at = pa.array(labels if self._place is None else self._place[labels])
+        text, uid = self._text.take(at).to_pylist(), self._uid.take(at).to_pylist()
+        return [a or b or f"label {i}" for a, b, i in zip(text, uid, labels.tolist(), strict=True)]
+
+    def rows(self, labels: NDArray[np.int64]) -> list[list[str]]:
+        """Names of label ids (n, K), row by row, without those of -1."""
+        names = iter(self.of(labels[labels >= 0]))
+        return [list(islice(names, int(count))) for count in (labels >= 0).sum(1)]
 
 
 def read_inputs(path: str | Path, batch: int = BATCH) -> Iterator[list[Input]]:
@@ -114,16 +129,15 @@ def check_output(output: str | Path, source: str | Path | None = None) -> None:
         raise ConfigError(f"{output}: is also the input; choose another output file")
 
 
-def predict_all(predict: Predict, inputs: Iterable[list[Input]], names: LabelNames, k: int) -> Iterator[list[Prediction]]:
+def predict_all(
+    predict: Predict, inputs: Iterable[list[Input]], names: LabelNames, k: int, calibration: Calibration | None = None
+) -> Iterator[list[Prediction]]:
     """The ``k`` best labels of each input, batch by batch; fewer where the model has fewer."""
+    calibration = calibration or Calibration()
     for part in inputs:
         ids, logits = (np.asarray(x.cpu() if hasattr(x, "cpu") else x) for x in predict([one.text for one in part], k))
-        probability = _sigmoid(logits)
-        done = []
-        for one, labels, scores in zip(part, ids, probability, strict=True):
-            real = labels >= 0
-            done.append(Prediction(one, labels[real].tolist(), names.of(labels[real]), scores[real].tolist()))
-        yield done
+        ranked = zip(part, ids, names.rows(ids), calibration(logits), strict=True)
+        yield [Prediction(one, labels[labels >= 0].tolist(), texts, p[labels >= 0].tolist()) for one, labels, texts, p in ranked]
 
 
 def write_predictions(batches: Iterable[list[Prediction]], output: str | Path) -> int:
@@ -276,11 +290,6 @@ def _filled(text: str, where: str) -> str:
     if not text.strip():
         raise DataError(f"{where}: the text is empty")
     return text.strip()
-
-
-def _sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Without overflow for any logit, -inf included."""
-    return 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))
 
 
 def _json_line(one: Prediction) -> str:

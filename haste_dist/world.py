@@ -50,6 +50,11 @@ def join_world(device: str | torch.device = "auto", timeout: float = 600.0) -> W
     return World(dist.get_rank(), dist.get_world_size(), chosen, dist.new_group(backend="gloo", timeout=limit))
 
 
+def alone(device: str) -> World:
+    """This process by itself, without a process group, on the device chosen as by ``choose_device``: for prediction."""
+    return World(0, 1, choose_device(device), None)  # type: ignore[arg-type]  # nothing that it is given to communicates
+
+
 def leave_world() -> None:
     """Ends the process group, if there is one."""
     if dist.is_initialized():

@@ -60,14 +60,26 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="score a trained run", description="Score a trained run and print its metrics.")
     _add_run(evaluate)
     evaluate.add_argument("--predictions", metavar="FILE", help="also write ranked and true labels of every text as .parquet")
+    evaluate.add_argument("--calibrate", action="store_true", help="also fit how scores become probabilities, for all later predictions")
 
     predict = commands.add_parser("predict", help="rank labels for new texts", description="Rank labels for new texts with a trained run.")
     _add_run(predict)
     texts = predict.add_mutually_exclusive_group(required=True)
     texts.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given more than once")
-    texts.add_argument("--input", metavar="FILE", help="texts to read: .txt (one a line), .jsonl or .parquet")
-    predict.add_argument("--output", metavar="FILE", help="write .jsonl or .parquet instead of printing")
+    texts.add_argument(
+        "--input", metavar="FILE", help="texts to read: .txt (one a line), .jsonl, .parquet or .arrow; or a folder of such files"
+    )
+    predict.add_argument(
+        "--output", metavar="FILE", help="write .jsonl or .parquet instead of printing; or a folder, in parts, on all GPUs"
+    )
     predict.add_argument("-k", type=_positive, default=5, metavar="K", help="labels a text (default 5)")
+
+    serve = commands.add_parser(
+        "serve",
+        help="answer over HTTP",
+        description="Answer POST /predict with a trained run, and offer a page to try it, until Ctrl-C. Settings: serve.port=8000 ...",
+    )
+    _add_run(serve)
 
     export = commands.add_parser(
         "export",

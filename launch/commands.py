@@ -8,14 +8,9 @@ import json
 from argparse import Namespace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from haste_dist.config import Config, describe, load_config
 from haste_dist.errors import ConfigError
-
-if TYPE_CHECKING:
-    from haste_dist.label_groups import LabelOrder
-    from haste_dist.predict import LabelNames
 
 
 def config(args: Namespace) -> int:
@@ -58,11 +53,21 @@ def evaluate(args: Namespace) -> int:
         check_output(args.predictions)
         if not args.predictions.endswith(".parquet"):
             raise ConfigError(f"{args.predictions}: an evaluation's predictions are written as .parquet")
-    status = evaluate_ranks(settings, args.checkpoint, args.predictions)
+    scored: str = args.predictions or str(Path(args.run) / ".scored.parquet")
+    status = evaluate_ranks(settings, args.checkpoint, scored if args.predictions or args.calibrate else None)
     file = Path(args.run) / f"evaluate-{settings.evaluate.split}.json"
     page = json.loads(file.read_text(encoding="utf-8"))
     print_metrics(page["metrics"], page["most_frequent_labels"])
     print(file)
+    if args.calibrate:
+        from haste_dist.calibration import FILE, calibrate
+
+        fitted = calibrate(args.run, page["checkpoint"], settings.evaluate.split, scored)
+        if not args.predictions:
+            Path(scored).unlink()
+        print(f"{Path(args.run) / FILE}: scores are sigmoid({fitted['scale']:.3f} logit {fitted['offset']:+.3f})")
+        before, after = (100 * fitted[f"ece_{name}"] for name in ("before", "after"))
+        print(f"calibration error on texts not fitted: {before:.2f}% before, {after:.2f}% after")
     return status
 
 
@@ -70,6 +75,10 @@ def predict(args: Namespace) -> int:
     settings = run_config(args.run, args.overrides)
     from haste_dist.predict import Input, check_output, predict_all, print_predictions, read_inputs, write_predictions
 
+    if args.input and args.output and (Path(args.input).is_dir() or Path(args.output).suffix not in (".jsonl", ".parquet")):
+        from haste_launch.predict import predict_into
+
+        return predict_into(settings, args.checkpoint, args.input, args.output, args.k)
     if args.output:
         check_output(args.output, args.input)
     if args.text and not all(text.strip() for text in args.text):
@@ -77,16 +86,22 @@ def predict(args: Namespace) -> int:
     batches = read_inputs(args.input) if args.input else iter([[Input(text) for text in args.text]])
     first = next(batches)  # a bad file fails before the model loads
     from haste_dist.predictor import Predictor
-    from haste_dist.world import leave_world
 
     predictor = Predictor(args.run, args.checkpoint, settings.launch.device)
-    predictions = predict_all(predictor.predict, chain([first], batches), label_names(Path(args.run), predictor.order), args.k)
+    files = predictor.files
+    predictions = predict_all(predictor.topk, chain([first], batches), files.names, args.k, files.calibration)
     if args.output:
         print(f"{args.output}: {write_predictions(predictions, args.output):,} texts")
     else:
         print_predictions(predictions)
-    leave_world()
     return 0
+
+
+def serve(args: Namespace) -> int:
+    settings = run_config(args.run, args.overrides)
+    from haste_launch.serve import serve_run
+
+    return serve_run(settings, args.checkpoint)
 
 
 def export(args: Namespace) -> int:
@@ -163,18 +178,6 @@ def bench(args: Namespace) -> int:
     from haste_launch.bench import bench_kernels
 
     return bench_kernels(words)
-
-
-def label_names(run: Path, order: "LabelOrder") -> "LabelNames":
-    """The label texts that the run folder keeps, so that prediction needs no prepared folder. Raises DataError."""
-    import pyarrow as pa
-
-    from haste_dist.label_groups import LABELS_FILE, ORDER_SCHEMA
-    from haste_dist.manifest import read_arrow
-    from haste_dist.predict import LabelNames
-
-    text = read_arrow(run / LABELS_FILE, ORDER_SCHEMA)["text"].take(pa.array(order.row_of_label))
-    return LabelNames(pa.table({"uid": pa.nulls(len(text), pa.string()), "text": text}))
 
 
 def run_config(run: str, overrides: list[str]) -> Config:

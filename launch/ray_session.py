@@ -14,7 +14,8 @@ OBJECT_STORE_BYTES = 2**30  # of a cluster of our own; blocks in flight are a fe
 
 @contextlib.contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Joins ``launch.address`` or RAY_ADDRESS, or starts Ray on this machine, bound to 127.0.0.1, with token authentication.
+    """Joins ``launch.address`` or RAY_ADDRESS, or starts Ray on this machine, bound to 127.0.0.1, with token authentication;
+    where this process is connected already, that is used.
 
     Raises ConfigError where a named cluster does not answer.
     """
@@ -23,6 +24,9 @@ def ray_session(config: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     import ray
 
+    if ray.is_initialized():  # by the caller, who also ends it
+        yield
+        return
     address = config.launch.address or os.environ.get("RAY_ADDRESS", "")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address:

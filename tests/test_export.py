@@ -43,8 +43,8 @@ def test_an_exported_run_predicts_as_the_run_does(trained: Config, tmp_path: Pat
         assert sorted(file.keys()) == ["head.bias", "head.weight", "tail.bias", "tail.index", "tail.weight"]
         assert file.get_slice("tail.weight").get_dtype() == "BF16"
     here, there = Predictor(trained.run.folder, "last", "cpu"), Predictor(out, device="cpu")
-    ours, scores = here.predict(TEXTS, 20)
-    theirs, their_scores = there.predict(TEXTS, 20)
+    ours, scores = here.topk(TEXTS, 20)
+    theirs, their_scores = there.topk(TEXTS, 20)
     assert np.array_equal(ours, theirs)
     assert np.array_equal(scores, their_scores)
 

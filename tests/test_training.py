@@ -221,7 +221,7 @@ def test_the_label_order_of_a_run_is_copied_for_predict(tmp_path: Path) -> None:
     config = make_prepared(tmp_path, labels=64, texts=256, overrides=["train.epochs=4"])
     train(config, join_world("cpu"))
     assert load_label_order(Path(config.run.folder)).labels == 64
-    labels, scores = Predictor(config.run.folder, device="cpu").predict(["w0 w1", "w7 w8 w9"], k=70)
+    labels, scores = Predictor(config.run.folder, device="cpu").topk(["w0 w1", "w7 w8 w9"], k=70)
     assert labels.shape == (2, 70)
     assert sorted(labels[0][:64]) == list(range(64))
     assert (labels[:, 64:] == -1).all()

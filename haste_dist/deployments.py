@@ -1,0 +1,131 @@
+"""The service on Ray Serve: a front that speaks HTTP, the model behind it, and one more process for each further share of the labels.
+
+    front (ASGI: gate, service) -> model (micro-batches; encoder, first share of the labels) -> label parts 1 .. parts - 1
+
+Serve restarts a process that dies, and holds requests meanwhile. Needs the extra haste-dist[serve].
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from haste_dist.config import Config
+from haste_dist.gate import App
+from haste_dist.live_model import Current, Found, LabelPart, LiveModel, merged
+from haste_dist.service import build_service
+from haste_dist.use_config import ServeConfig
+
+Item = tuple[list[str], int, int]  # texts, k, neighbours
+NAME = "haste"
+
+
+def texts_of(items: Sequence[Item]) -> int:
+    """The size of a batch."""
+    return sum(len(texts) for texts, _, _ in items)
+
+
+class Front:
+    """One process that answers all clients; the model's process computes."""
+
+    def __init__(self, settings: ServeConfig, digest: bytes | None, model: DeploymentHandle):
+        self.settings, self.digest, self.model = settings, digest, model
+
+    def __serve_build_asgi_app__(self) -> App:
+        async def ask(texts: list[str], k: int, neighbours: int) -> dict[str, Any]:
+            return await self.model.answer.remote((texts, k, neighbours))
+
+        async def ready() -> dict[str, Any]:
+            return await self.model.state.remote()
+
+        return build_service(self.settings, ask, ready, self.digest)
+
+
+class Part:
+    """Labels of one of several processes."""
+
+    def __init__(self, run: str, part: int, parts: int, device: str, threads: int):
+        _use_threads(threads)
+        self.labels = LabelPart(run, part, parts, device)
+
+    async def hold(self, versions: list[str]) -> None:
+        await asyncio.to_thread(self.labels.hold, versions)
+
+    async def topk(self, version: str, x_ND: Any, k: int) -> Found:
+        return await asyncio.to_thread(self.labels.topk, version, x_ND, k)
+
+
+class Model:
+    """Answers requests in batches, and follows the run's checkpoints."""
+
+    def __init__(self, run: str, checkpoint: str, device: str, threads: int, settings: ServeConfig, *others: DeploymentHandle):
+        _use_threads(threads)
+        self.live = LiveModel(run, checkpoint, device, settings.parts)
+        self.others, self.settings = others, settings
+        self.answer_batch.set_max_batch_size(max(settings.batch_size, settings.max_texts))  # type: ignore[attr-defined]
+        self.answer_batch.set_batch_wait_timeout_s(settings.batch_wait)  # type: ignore[attr-defined]
+        self.one_at_a_time = asyncio.Lock()
+        self.following = asyncio.get_running_loop().create_task(self._follow()) if settings.reload else None
+
+    async def answer(self, item: Item) -> dict[str, Any]:
+        return await self.answer_batch(item)  # type: ignore[call-arg, arg-type, misc]
+
+    async def state(self) -> dict[str, Any]:
+        live = self.live
+        version, labels = live.current.files.version, live.current.files.order.labels
+        return {"model": version, "labels": labels, "reloads": live.reloads, "reload_error": live.reload_error}
+
+    @serve.batch(max_batch_size=1, batch_wait_timeout_s=0.0, batch_size_fn=texts_of)  # both are set for each model
+    async def answer_batch(self, items: list[Item]) -> list[dict[str, Any]]:
+        async with self.one_at_a_time:
+            model = self.live.current
+            found = await self._find(model, [text for texts, _, _ in items for text in texts], max(k for _, k, _ in items))
+        counts = [(len(texts), k, neighbours) for texts, k, neighbours in items]
+        answers = self.live.answers(model, found, counts)
+        version, step, batch = model.files.version, model.step, texts_of(items)
+        return [{"model": version, "predictions": one, "batch": batch, "step": step} for one in answers]
+
+    async def _find(self, model: Current, texts: list[str], k: int) -> Found:
+        x_ND = await asyncio.to_thread(self.live.embed, model, texts)
+        if not self.others:
+            return await asyncio.to_thread(self.live.topk, model, x_ND, k)
+        sent = x_ND.float().cpu().numpy()
+        asked = [other.topk.remote(model.files.version, sent, k) for other in self.others]
+        mine = await asyncio.to_thread(self.live.topk, model, x_ND, k)
+        return merged([mine, *(await asyncio.gather(*asked))], k)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.reload)
+            if await self.live.follow(asyncio.to_thread, self._hold):
+                async with self.one_at_a_time:  # the batch that began with the old version is done
+                    await self._hold([self.live.current.files.version])
+            if self.live.reload_error:
+                logging.getLogger("ray.serve").warning(self.live.reload_error)
+
+    async def _hold(self, versions: list[str]) -> None:
+        await asyncio.gather(*(other.hold.remote(versions) for other in self.others))
+
+
+def application(run: str, checkpoint: str, config: Config, on_gpu: bool, threads: int, digest: bytes | None) -> Application:
+    """What ``serve.run`` takes. ``run``: an absolute path that every node can read."""
+    settings, device = config.serve, "cuda" if on_gpu else "cpu"
+    most = max(2 * settings.waiting, 1000)  # the gate says no, so that it is said in one way
+
+    def deploy(kind: type, name: str, resources: dict[str, float]) -> Any:
+        return serve.deployment(kind, name=name, ray_actor_options=resources, max_ongoing_requests=most, health_check_timeout_s=120)
+
+    heavy = {"num_gpus": 1.0, "num_cpus": 0.0} if on_gpu else {"num_cpus": 0.0}
+    others = [deploy(Part, f"labels-{i}", heavy).bind(run, i, settings.parts, device, threads) for i in range(1, settings.parts)]
+    model = deploy(Model, "model", heavy).bind(run, checkpoint, device, threads, settings, *others)
+    return deploy(serve.ingress()(Front), "front", {"num_cpus": 0.0}).bind(settings, digest, model)
+
+
+def _use_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)

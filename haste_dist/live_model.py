@@ -1,0 +1,150 @@
+"""A model that changes under its users: a newer checkpoint takes over between two batches.
+
+The new model is loaded beside the old one, which answers meanwhile; then one assignment makes it the current one. A batch keeps the
+model that it began with, so no request sees half of each. Labels may be shared by several processes (``part`` of ``parts``): what a
+process does not hold it asks the others for, by the version that the batch began with.
+"""
+
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from haste_dist import checkpoint
+from haste_dist.classifier import Classifier
+from haste_dist.errors import HasteError
+from haste_dist.export import is_export
+from haste_dist.predictor import EXPORTED, Embedder, ModelFiles
+from haste_kernels.topk import merge_topk
+
+Found = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""Scores (n, k), best first, and global rows (n, k); -inf and -1 where there are fewer."""
+
+
+class LabelPart:
+    """One process's share of the labels, of the versions in use."""
+
+    def __init__(self, folder: str | Path, part: int, parts: int, device: str = "auto"):
+        self.folder, self.part, self.parts, self.device = folder, part, parts, device
+        self._held: dict[str, Classifier] = {}
+
+    def hold(self, versions: Sequence[str]) -> None:
+        """Loads those of ``versions`` (checkpoint names) that are not there, and lets go of all others. Raises HasteError."""
+        for version in versions:
+            if version not in self._held:
+                self._held[version] = ModelFiles(self.folder, version).labels(self.device, self.part, self.parts)
+        for version in set(self._held) - set(versions):
+            del self._held[version]
+
+    @torch.no_grad()
+    def topk(self, version: str, x_ND: NDArray[np.float32], k: int) -> Found:
+        """The best of this share. A process that was started again loads ``version`` first. Raises HasteError."""
+        if version not in self._held:
+            self.hold([*self._held, version])
+        classifier = self._held[version]
+        scores, rows = classifier.topk(torch.from_numpy(x_ND).to(classifier.device), k)
+        return scores.float().cpu().numpy(), rows.cpu().numpy()
+
+
+@dataclass
+class Current:
+    """A model that answers."""
+
+    files: ModelFiles
+    embedder: Embedder
+    labels: Classifier
+
+    @property
+    def step(self) -> int:
+        return checkpoint.step_of(self.files.checkpoint) if self.files.checkpoint else 0
+
+
+class LiveModel:
+    """The first of ``parts`` processes: it has the encoder and its share of the labels."""
+
+    def __init__(self, folder: str | Path, name: str = "best", device: str = "auto", parts: int = 1):
+        """``name``: best, last (both may move) or one checkpoint. Raises HasteError."""
+        self.folder, self.name, self.device, self.parts = Path(folder), name, device, parts
+        self.reloads, self.reload_error = 0, ""
+        self.current = self.load(self.wanted())
+
+    def wanted(self) -> str:
+        """The version that ``name`` means now. Raises CheckpointError."""
+        return EXPORTED if is_export(self.folder) else checkpoint.resolve(self.folder / "checkpoints", self.name).name
+
+    def load(self, version: str) -> Current:
+        """Reads it beside the current one. Raises HasteError."""
+        files = ModelFiles(self.folder, version)
+        loaded = Current(files, files.embedder(self.device), files.labels(self.device, 0, self.parts))
+        files.names, files.calibration  # noqa: B018  read now, not in a request
+        return loaded
+
+    async def follow(self, run: Callable[..., Awaitable[Any]], hold: Callable[[list[str]], Awaitable[Any]]) -> bool:
+        """Makes the version that is wanted now the current one; true if it was another. ``run(f, *args)`` runs f in a thread; ``hold``
+        tells the other processes what to have. What goes wrong is kept in ``reload_error``, and the current one stays."""
+        old = self.current.files.version
+        try:
+            version = await run(self.wanted)
+            if version == old:
+                self.reload_error = ""
+                return False
+            loaded = await run(self.load, version)
+            await hold([old, version])
+        except HasteError as error:  # such as a checkpoint that training has removed meanwhile
+            self.reload_error = str(error)
+            return False
+        self.current, self.reload_error = loaded, ""
+        self.reloads += 1
+        return True
+
+    @torch.no_grad()
+    def embed(self, model: Current, texts: Sequence[str]) -> torch.Tensor:
+        """(n, D) embeddings."""
+        return model.embedder.embed(model.embedder.tokens(texts))
+
+    @torch.no_grad()
+    def topk(self, model: Current, x_ND: torch.Tensor, k: int) -> Found:
+        """The best of this process's labels."""
+        scores, rows = model.labels.topk(x_ND, k)
+        return scores.float().cpu().numpy(), rows.cpu().numpy()
+
+    @staticmethod
+    def answers(model: Current, found: Found, counts: Sequence[tuple[int, int, int]]) -> list[list[list[dict[str, Any]]]]:
+        """What to tell each request: ``counts`` has its texts, its k and its neighbours, in the order of ``found``'s rows."""
+        files, order = model.files, model.files.order
+        labels, scores = order.label_at(found[1]), files.calibration(found[0])
+        names, done, at = files.names.rows(labels), [], 0
+        for texts, k, neighbours in counts:
+            done.append(
+                [
+                    [
+                        {
+                            "label": label,
+                            "text": name,
+                            "score": score,
+                            "group": int(row - order.head_rows) // order.group_size if row >= order.head_rows else None,
+                            "neighbours": files.names.of(order.neighbours(label)[:neighbours]) if neighbours else [],
+                        }
+                        for label, name, score, row in itertools.islice(
+                            zip(labels[i].tolist(), names[i], scores[i].tolist(), found[1][i].tolist(), strict=False), k
+                        )
+                    ]
+                    for i in range(at, at + texts)
+                ]
+            )
+            at += texts
+        return done
+
+
+def merged(found: Sequence[Found], k: int) -> Found:
+    """The ``k`` best of what several processes found; of equal ones the lower row."""
+    if len(found) == 1:
+        return found[0]
+    scores, rows = (torch.from_numpy(np.concatenate([one[i] for one in found], axis=1)) for i in (0, 1))
+    best, at = merge_topk(scores, rows, k)
+    return best.numpy(), at.numpy()

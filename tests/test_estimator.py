@@ -1,0 +1,47 @@
+"""The estimator: its documented example trains for real; scikit-learn takes it for one of its own; mistakes are one line."""
+
+import doctest
+from pathlib import Path
+
+import pytest
+
+from haste_dist.errors import ConfigError, DataError
+from haste_launch import estimator
+from haste_launch.estimator import HasteClassifier
+
+
+@pytest.mark.slow
+def test_the_documented_example_trains() -> None:
+    tests = doctest.DocTestFinder().find(HasteClassifier, globs=vars(estimator))
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    said: list[str] = []
+    for test in tests:
+        runner.run(test, out=said.append, clear_globs=False)
+    assert not said
+    assert runner.tries > 5
+    folder = next(t for t in tests if t.examples).globs["model"].folder_
+    assert (folder / "run" / "checkpoints" / "best.json").is_file()
+
+
+def test_scikit_learn_takes_it_for_its_own() -> None:
+    base = pytest.importorskip("sklearn.base", reason="scikit-learn is not installed")
+    model = HasteClassifier(epochs=3, settings=("output.fan_in=8",), seed=7)
+    again = base.clone(model)
+    assert again is not model
+    assert again.get_params() == model.get_params()
+    assert again.set_params(epochs=4).epochs == 4
+
+
+def test_mistakes_are_told_before_anything_starts(tmp_path: Path) -> None:
+    model: HasteClassifier[str] = HasteClassifier(folder=str(tmp_path))
+    with pytest.raises(ConfigError, match="call fit first"):
+        model.predict(["a"])
+    with pytest.raises(ConfigError, match="no parameter 'epoch'; it has encoder, epochs"):
+        model.set_params(epoch=1)
+    with pytest.raises(DataError, match="2 texts, but labels of 1"):
+        model.fit(["a", "b"], [["x"]])
+    with pytest.raises(DataError, match="put the one label into a list"):
+        model.fit(["a", "b"], ["xy", "z"])
+    with pytest.raises(DataError, match="nothing to learn"):
+        model.fit(["a", "b"], [[], []])
+    assert list(tmp_path.iterdir()) == []

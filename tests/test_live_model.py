@@ -1,0 +1,145 @@
+"""A model that is replaced while it answers: versions never mix, a checkpoint that cannot be read changes nothing."""
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import make_prepared
+
+from haste_dist.checkpoint import complete, point, step_of
+from haste_dist.config import Config
+from haste_dist.export import export
+from haste_dist.live_model import LabelPart, LiveModel, merged
+from haste_dist.predictor import Predictor
+from haste_dist.train import train
+from haste_dist.world import join_world
+
+TEXTS = ["w0 w1 w14", "w7 w8 w9 w21", "w3", "w190 w2 w5 w6 w7"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Two checkpoints."""
+    words = ["train.max_steps=36", "train.checkpoint_every=12", "train.evaluate_every=0", "checkpoint.keep=5"]
+    config = make_prepared(tmp_path_factory.mktemp("run"), labels=101, texts=256, overrides=words)
+    train(config, join_world("cpu"))
+    return config
+
+
+@pytest.fixture
+def run(trained: Config, tmp_path: Path) -> Path:
+    """A copy whose ``best`` is the older one."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained.run.folder, folder)
+    older = complete(folder / "checkpoints")[0]
+    point(folder / "checkpoints", "best", step_of(older))
+    return folder
+
+
+async def in_thread(f: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.to_thread(f, *args)
+
+
+def follow(live: LiveModel, hold: Callable[[list[str]], Awaitable[Any]] | None = None) -> bool:
+    async def nobody(versions: list[str]) -> None: ...
+
+    return asyncio.run(live.follow(in_thread, hold or nobody))
+
+
+def names(run: Path) -> list[str]:
+    return [path.name for path in complete(run / "checkpoints")]
+
+
+def test_a_newer_checkpoint_takes_over(run: Path) -> None:
+    older, newer = names(run)[0], names(run)[-1]
+    live = LiveModel(run, "best", "cpu")
+    assert live.current.files.version == older
+    assert not follow(live), "nothing new"
+    began = live.current
+    point(run / "checkpoints", "best", step_of(Path(newer)))
+    assert follow(live)
+    assert (live.current.files.version, live.reloads, live.reload_error) == (newer, 1, "")
+    for model, version in ((began, older), (live.current, newer)):  # a batch that began with the old one ends with it
+        scores, rows = live.topk(model, live.embed(model, TEXTS), 5)
+        labels, logits = Predictor(run, version, "cpu").topk(TEXTS, 5)
+        assert np.array_equal(model.files.order.label_at(rows), labels)
+        np.testing.assert_array_equal(scores, logits)
+
+
+def test_a_checkpoint_that_is_damaged_or_gone_changes_nothing(run: Path) -> None:
+    older, newer = names(run)[0], names(run)[-1]
+    live = LiveModel(run, "best", "cpu")
+    file = run / "checkpoints" / newer / "encoder.safetensors"
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    point(run / "checkpoints", "best", step_of(Path(newer)))
+    assert not follow(live)
+    assert live.current.files.version == older
+    assert "damaged" in live.reload_error
+    file.write_bytes(sound)
+    assert follow(live)
+    assert live.reload_error == ""
+    shutil.rmtree(run / "checkpoints" / newer)
+    assert not follow(live)
+    assert "missing" in live.reload_error
+    assert live.current.files.version == newer
+
+
+def test_a_part_that_cannot_follow_keeps_all_on_the_old_version(run: Path) -> None:
+    from haste_dist.errors import CheckpointError
+
+    async def hold(versions: list[str]) -> None:
+        raise CheckpointError("disk gone")
+
+    live = LiveModel(run, "best", "cpu", parts=2)
+    point(run / "checkpoints", "best", step_of(Path(names(run)[-1])))
+    assert not follow(live, hold)
+    assert (live.current.files.version, live.reload_error) == (names(run)[0], "disk gone")
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_answer_as_one_by_version(run: Path, parts: int) -> None:
+    older, newer = names(run)[0], names(run)[-1]
+    live = LiveModel(run, older, "cpu", parts)
+    others = [LabelPart(run, part, parts, "cpu") for part in range(1, parts)]
+    for version in (older, newer):
+        model = live.load(version)
+        x_ND = live.embed(model, TEXTS)
+        found = merged([live.topk(model, x_ND, 20), *(other.topk(version, x_ND.numpy(), 20) for other in others)], 20)
+        labels, logits = Predictor(run, version, "cpu").topk(TEXTS, 20)
+        assert np.array_equal(model.files.order.label_at(found[1]), labels)
+        np.testing.assert_array_equal(found[0], logits)
+    for other in others:
+        assert set(other._held) == {older, newer}
+        other.hold([newer])
+        assert set(other._held) == {newer}
+
+
+def test_answers_go_to_those_who_asked(run: Path) -> None:
+    live = LiveModel(run, "last", "cpu")
+    model = live.current
+    found = live.topk(model, live.embed(model, TEXTS), 6)
+    [first], [second, third, fourth] = live.answers(model, found, [(1, 2, 0), (3, 6, 3)])
+    labels, logits = Predictor(run, "last", "cpu").topk(TEXTS, 6)
+    assert [[one["label"] for one in ranked] for ranked in (first, second, third, fourth)] == [
+        row[:k].tolist() for row, k in zip(labels, (2, 6, 6, 6), strict=True)
+    ]
+    assert [one["score"] for one in first] == pytest.approx((1 / (1 + np.exp(-logits[0, :2].astype(float)))).tolist())
+    order = model.files.order
+    for one in second:
+        row = order.row_of_label[one["label"]]
+        group = None if row < order.head_rows else (row - order.head_rows) // order.group_size
+        assert one["group"] == group
+        assert one["neighbours"] == ([] if group is None else model.files.names.of(order.neighbours(one["label"])[:3]))
+    assert {len(one["neighbours"]) for one in first} == {0}
+
+
+def test_an_exported_model_has_one_version(run: Path, tmp_path: Path) -> None:
+    live = LiveModel(export(run, tmp_path / "out"), "best", "cpu")
+    assert live.current.files.version == "exported"
+    assert not follow(live)
+    assert live.reload_error == ""
