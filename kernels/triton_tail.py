@@ -66,25 +66,36 @@ def default_config(size: int, fan_in: int, n: int) -> TailConfig:
 
 @triton.jit
 def _tile(
-    read_FB, w_GF, b, y_GB, real_r, real_b, dw, db, total,
+    read_FB, w_GF, b, few, hot_GP, p_batch, batch, y_GB, real_r, real_b, dw, db, total,
     BCE: tl.constexpr, ROWS_FIRST: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
     """One group, one batch tile: adds to dW, to the biases' gradient and to the loss; returns them and dx_FB, unscaled.
 
-    ``y_GB``, ``real_r`` and ``real_b`` may be None: no positives, no padded rows, no batch rows beyond N.
+    Positives are ``y_GB``, or, where it is None and ``few`` holds, the product of ``hot_GP`` and ``hot_PB``. ``real_r`` and ``real_b``
+    may be None: no padded rows, no batch rows beyond N.
     """
     AXIS: tl.constexpr = 1 if ROWS_FIRST else 0  # of the batch
     xg_FB = tl.load(read_FB)
     if ROWS_FIRST:
         z = tl.dot(w_GF, xg_FB, input_precision="ieee")
-        y = y_GB
     else:
         z = tl.dot(tl.trans(xg_FB), tl.trans(w_GF), input_precision="ieee")
-        y = None if y_GB is None else tl.trans(y_GB)
     z += tl.expand_dims(b, AXIS)
-    dz = tiles.gradient_of(z, y, BCE)
-    if LOSS:
-        value = tiles.loss_of(z, y, BCE)
+    if y_GB is None:
+        dz = tiles.gradient_of(z, None, BCE)
+        if LOSS:
+            value = tiles.loss_of(z, None, BCE)
+        if few is not None and few:
+            y = tl.dot(hot_GP, (p_batch[:, None] == batch[None, :]).to(tl.float16))
+            y = y if ROWS_FIRST else tl.trans(y)
+            dz = tiles.gradient_of(z, y, BCE)
+            if LOSS:
+                value = tiles.loss_of(z, y, BCE)
+    else:
+        y = y_GB if ROWS_FIRST else tl.trans(y_GB)
+        dz = tiles.gradient_of(z, y, BCE)
+        if LOSS:
+            value = tiles.loss_of(z, y, BCE)
     if real_r is not None:
         dz = tl.where(tl.expand_dims(real_r, AXIS), dz, 0.0)
         if LOSS:
@@ -204,21 +215,39 @@ def _tail_step(
         out = tl.load(index + group * F + at_f, mask=at_f < F, other=0).to(tl.int64) * stride + tl.program_id(0) % copies * copy_stride
     read = x + idx.to(tl.int64)[:, None] * stride + tl.arange(0, B)[None, :]
     write = dx + out[:, None] + tl.arange(0, B)[None, :]
-    # Two loops: most groups have no positive in a batch and no padded rows, and a loop that holds another is not pipelined.
-    if (begin == end) & ((group + 1) * G <= rows):
+    # Three loops. Most groups have no positive in a batch and no padded rows; what few positives others have stay in registers; and a
+    # loop that holds another, to look for many, is not pipelined.
+    whole = (group + 1) * G <= rows
+    if whole & (begin == end):
         for start in tl.range(0, n, B, num_stages=STAGES):
             real_b = start + tl.arange(0, B) < n if RAGGED else None
             dx_FB, dw, db, total = _tile(
-                read + start, w_GF, b, None, None, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
+                read + start, w_GF, b, None, None, None, None, None, None, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
+            )  # fmt: skip
+            _scatter(write + start, dx_FB, real_fb, A, SCRATCH)
+    elif whole & (end - begin <= tiles.POSITIVES):
+        p = begin + tl.arange(0, tiles.POSITIVES)
+        p_row = tl.load(positive_row + p, mask=p < end, other=-1)
+        p_batch = tl.load(positive_batch + p, mask=p < end, other=-1).to(tl.int32)
+        hot_GP = ((group * G + r)[:, None] == p_row[None, :]).to(tl.float16)
+        first_batch = tl.min(tl.where(p < end, p_batch, 2**31 - 1))
+        last_batch = tl.max(p_batch)
+        for start in tl.range(0, n, B, num_stages=STAGES):
+            batch = start + tl.arange(0, B)
+            real_b = batch < n if RAGGED else None
+            few = (first_batch < start + B) & (last_batch >= start)
+            dx_FB, dw, db, total = _tile(
+                read + start, w_GF, b, few, hot_GP, p_batch, batch, None, None, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
             )  # fmt: skip
             _scatter(write + start, dx_FB, real_fb, A, SCRATCH)
     else:
+        place = tiles.first_places(positive_row, begin, end, group * G + r)
+        row_end = tiles.first_places(positive_row, begin, end, group * G + r + 1)
         for start in tl.range(0, n, B, num_stages=1):
-            batch = start + tl.arange(0, B)
-            real_b = batch < n if RAGGED else None
-            y_GB = tiles.targets(positive_row, positive_batch, begin, end, group * G + r, batch, tiles.POSITIVES)
+            real_b = start + tl.arange(0, B) < n if RAGGED else None
+            y_GB, place = tiles.next_targets(positive_batch, place, row_end, start, B)
             dx_FB, dw, db, total = _tile(
-                read + start, w_GF, b, y_GB, real_r, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
+                read + start, w_GF, b, None, None, None, None, y_GB, real_r, real_b, dw, db, total, BCE, ROWS_FIRST, loss is not None
             )  # fmt: skip
             _scatter(write + start, dx_FB, real_fb, A, SCRATCH)
     if not ROWS_FIRST:

@@ -13,7 +13,8 @@ ROUNDS = tl.constexpr(rounding.ROUNDS)
 WEIGHT = tl.constexpr(rounding.WEIGHT)
 MOMENTUM = tl.constexpr(rounding.MOMENTUM)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # on a CPU, where inline assembly does not run
-POSITIVES = tl.constexpr(16)  # positives that one small matrix product places in a tile: the least inner size of tl.dot
+POSITIVES = tl.constexpr(16)  # of a group, that one small matrix product places in a tile: the least inner size of tl.dot
+ROW_POSITIVES = tl.constexpr(4)  # of a row, looked at together
 
 
 @triton.jit
@@ -102,21 +103,39 @@ def sgd_bias(bias, momentum, at, mask, gradient, lr, scale, inertia):
 
 
 @triton.jit
-def targets(positive_row, positive_batch, first, last, row, batch, POSITIVES_PER_DOT: tl.constexpr):
-    """(R, N) float32: above 0 at the positives ``first``..``last``-1 that fall on ``row`` (R,) and ``batch`` (N,), else 0.
+def first_places(sorted_row, first, last, row):
+    """(R,) int32: the first of the places ``first``..``last``-1 of ``sorted_row`` that holds ``row`` (R,) or more; ``last`` if none."""
+    low = row.to(tl.int32) * 0 + first
+    high = low * 0 + last
+    left = last - first
+    while left > 0:
+        middle = (low + high) // 2
+        less = tl.load(sorted_row + middle, mask=low < high, other=0) < row
+        high = tl.where((low < high) & ~less, middle, high)
+        low = tl.where((low < high) & less, middle + 1, low)
+        left //= 2
+    return low
 
-    A product of two one-hot matrices places 16 positives at once; a pair that stands twice counts as one.
+
+@triton.jit
+def next_targets(positive_batch, place, end, start, N: tl.constexpr):
+    """(R, N) float32, 1 at the positives of R rows in the N batch rows from ``start`` on, and the places after them.
+
+    ``place`` (R,) of the first of each row that is not in an earlier tile, up to ``end`` (R,): each is looked at once or twice in all.
     """
-    y = tl.zeros((row.shape[0], batch.shape[0]), tl.float32)
-    for start in range(first, last, POSITIVES_PER_DOT):
-        at = start + tl.arange(0, POSITIVES_PER_DOT)
-        inside = at < last
-        p_row = tl.load(positive_row + at, mask=inside, other=-1).to(tl.int32)
-        p_batch = tl.load(positive_batch + at, mask=inside, other=-1).to(tl.int32)
-        rows = (row[:, None] == p_row[None, :]).to(tl.float16)
-        batches = (p_batch[:, None] == batch[None, :]).to(tl.float16)
-        y = tl.dot(rows, batches, y)
-    return y
+    batch = start + tl.arange(0, N)
+    y = tl.zeros((place.shape[0], N), tl.float32)
+    more = True
+    while more:
+        taken = place * 0
+        for i in tl.static_range(ROW_POSITIVES):
+            at = place + i
+            one = tl.load(positive_batch + at, mask=at < end, other=2**31 - 1).to(tl.int32)
+            y = tl.where(one[:, None] == batch[None, :], 1.0, y)
+            taken += (one < start + N).to(tl.int32)
+        place += taken
+        more = tl.max(taken) == ROW_POSITIVES
+    return y, place
 
 
 @triton.jit

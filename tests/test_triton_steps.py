@@ -63,6 +63,8 @@ TAILS = [  # n, width, groups, size, fan_in, padded, share of positives, loss, b
     (33, 70, 2, 64, 64, 63, 1.0, "bce", True, False, torch.int16),
     (65, 40, 2, 32, 16, 0, 0.0, "squared_hinge", False, False, torch.int16),
     (1, 300, 1, 128, 256, 1, 0.5, "bce", True, True, torch.int16),
+    (170, 60, 5, 16, 16, 0, 0.003, "bce", True, True, torch.int16),  # few positives a group: most tiles have none
+    (130, 60, 2, 32, 16, 0, 0.003, "squared_hinge", True, False, torch.int32),
 ]
 
 
