@@ -142,7 +142,7 @@ def _scatter(out, value, mask, A: tl.constexpr, SCRATCH: tl.constexpr):
         tl.atomic_add(out, value, mask=mask, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["first_group", "rows", "first_row", "step", "seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["first_group", "copies", "rows", "first_row", "step", "seed_low", "seed_high"])
 def _tail_step(
     x,  # (D, NP) operand type, in: x transposed, zero beyond N
     dx,  # (copies, D, NP) float32 or float16, added to; SCRATCH: (groups of this launch * F, NP) float32, out
@@ -262,7 +262,7 @@ def _tail_step(
         tl.store(loss + group, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["copies"])
 def _collect(
     dx,  # (N, D) float32, out (ADD: in and out)
     parts,  # (copies, D, NP) float32 or float16, in
