@@ -116,9 +116,8 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         for name in ("encoder forward", "output layer"):
             phases[name]["gradients"] = gradients
     if config.rewire.interval:
-        each = 17 if config.rewire.prune == "group" else 6  # scores, sorted and their places, what is pruned; or scores' bits compared
-        regrown = min(PLAIN_BYTES[facts.device], 64 * t * tail_width)
-        phases["rewiring"] = {"scores and their order": each * t * output.fan_in, "random numbers": regrown}
+        each = 64 * tail_width + output.fan_in * (16 * output.group_size + 32)  # a group's random keys, scores and moved weights
+        phases["rewiring"] = {"scores, keys and moved weights of some groups": min(PLAIN_BYTES[facts.device], each * t)}
         if config.rewire.grow == "gradient":
             kept = {"kept batches": config.rewire.batches * n * (tail_width * x_bytes + facts.most_labels * 8)}
             phases = {name: {**phase, **kept} for name, phase in phases.items()}

@@ -18,7 +18,7 @@ from haste_dist.collectives import sum_over_ranks
 from haste_dist.config import RewireConfig
 from haste_dist.schedule import rewire_fraction
 from haste_dist.world import World
-from haste_kernels import FeatureScores, connection_scores, gradient_scores, prune_and_regrow
+from haste_kernels import FeatureScores, Prune, TailState, connection_scores, gradient_scores, prune_and_regrow, scoring_spans
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,23 @@ class Rewired:
 def rewire(classifier: Classifier, config: RewireConfig, fraction: float, step: int, world: World) -> Rewired:
     """Replaces the weakest connections of the tail. Every rank calls it at the same step; the outcome does not depend on W."""
     tail = classifier.tail
-    scores_TF = connection_scores(tail)
-    total = classifier.shard.all_groups * scores_TF.shape[1]
-    if config.prune == "group":
-        prune_TF = lowest_per_group(scores_TF, fraction)
-    elif config.prune == "global":
-        prune_TF = lowest_overall(scores_TF, round(fraction * total), world)
-    else:
-        prune_TF = scores_TF < config.threshold
-    replaced = 0
-    if tail.weight.shape[0]:
-        wanted = gradients(classifier, config.batches) if config.grow == "gradient" else None
-        replaced = prune_and_regrow(tail, prune_TF, classifier.tail_slice.width, classifier.seed, step, wanted)
+    total = classifier.shard.all_groups * tail.weight.shape[2]
+    prune = weakest(tail, config, fraction, total, world)
+    wanted = gradients(classifier, config.batches) if config.grow == "gradient" and len(tail.weight) else None
+    replaced = prune_and_regrow(tail, prune, classifier.tail_slice.width, classifier.seed, step, wanted)
     classifier.kept.clear()
-    replaced = int(sum_over_ranks(torch.tensor([replaced], device=scores_TF.device), world))
+    replaced = int(sum_over_ranks(torch.tensor([replaced], device=tail.weight.device), world))
     return Rewired(replaced, total, fraction)
+
+
+def weakest(tail: TailState, config: RewireConfig, fraction: float, total: int, world: World) -> Prune:
+    """Which connections go. ``total`` of all ranks; every rank calls it."""
+    if config.prune == "group":
+        return lambda first, last: lowest_per_group(connection_scores(tail, first, last), fraction)
+    if config.prune == "global":
+        limit = limit_of_lowest(tail, round(fraction * total), world)
+        return lambda first, last: _bits(connection_scores(tail, first, last)) <= limit
+    return lambda first, last: connection_scores(tail, first, last) < config.threshold
 
 
 def keeps_batch(config: RewireConfig, step: int, total: int) -> bool:
@@ -82,19 +84,27 @@ def lowest_per_group(scores_TF: Tensor, fraction: float) -> Tensor:
     return torch.zeros_like(scores_TF, dtype=torch.bool).scatter_(1, order[:, :count], True)
 
 
-def lowest_overall(scores_TF: Tensor, count: int, world: World) -> Tensor:
-    """(T, F) bool: the ``count`` lowest scores of all ranks together, and those equal to the highest of them.
+def limit_of_lowest(tail: TailState, count: int, world: World) -> int:
+    """The bits of the ``count``-th lowest score of all ranks; -1, below all, where ``count`` is 0, and the highest where it is too many.
 
-    Non-negative floats order as their bits do, so 31 rounds of bisection find the limit exactly without moving a score, and without
-    the host looking at a sum.
+    Non-negative floats order as their bits do: counting the scores by one byte after another finds the limit without moving or
+    keeping any. Every rank calls it.
     """
-    bits_TF = scores_TF.float().contiguous().view(torch.int32)
     if count <= 0:
-        return torch.zeros_like(scores_TF, dtype=torch.bool)
-    low = torch.full((1,), -1, device=scores_TF.device)
-    high = torch.full((1,), 2**31 - 1, device=scores_TF.device)  # the limit is in (low, high], 2^31 numbers at first
-    for _ in range(31):
-        middle = (low + high) // 2
-        enough = sum_over_ranks((bits_TF <= middle).sum().reshape(1), world) >= count
-        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-    return bits_TF <= high
+        return -1
+    known = 0  # the limit's higher bytes
+    for shift in (24, 16, 8, 0):
+        counts = torch.zeros(256, dtype=torch.int64, device=tail.weight.device)
+        for first, last in scoring_spans(tail):
+            byte = (_bits(connection_scores(tail, first, last)) >> shift) - (known << 8)
+            counts += torch.bincount(byte[(byte >= 0) & (byte < 256)], minlength=256)
+        up_to = sum_over_ranks(counts, world).cumsum(0).tolist()
+        count = min(count, up_to[-1])
+        byte_of_limit = next(i for i, so_far in enumerate(up_to) if so_far >= count)
+        count -= up_to[byte_of_limit - 1] if byte_of_limit else 0
+        known = known << 8 | byte_of_limit
+    return known
+
+
+def _bits(scores_TF: Tensor) -> Tensor:
+    return scores_TF.view(torch.int32)

@@ -3,7 +3,16 @@
 from haste_kernels.head_step import head_step
 from haste_kernels.initial import uniform
 from haste_kernels.linear import FixedFanInLinear, GroupSharedLinear, group_shared_linear
-from haste_kernels.rewire import FeatureScores, connection_scores, gradient_scores, index_dtype, prune_and_regrow, random_features
+from haste_kernels.rewire import (
+    FeatureScores,
+    Prune,
+    connection_scores,
+    gradient_scores,
+    index_dtype,
+    prune_and_regrow,
+    random_features,
+    scoring_spans,
+)
 from haste_kernels.rounding import stochastic_round
 from haste_kernels.state import HeadState, Loss, Positives, StepArgs, TailState
 from haste_kernels.tail_step import tail_step
@@ -16,6 +25,7 @@ __all__ = [
     "HeadState",
     "Loss",
     "Positives",
+    "Prune",
     "StepArgs",
     "TailState",
     "connection_scores",
@@ -26,6 +36,7 @@ __all__ = [
     "merge_topk",
     "prune_and_regrow",
     "random_features",
+    "scoring_spans",
     "stochastic_round",
     "tail_step",
     "topk",

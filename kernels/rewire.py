@@ -22,7 +22,9 @@ from haste_kernels.state import Loss, Positives, TailState
 
 _NEVER = 1 << 62
 
-FeatureScores = Callable[[int, int], Tensor]  # (first, last): scores (last - first, D) of the features for groups first..last-1
+# Both are asked for groups first..last-1, as (first, last), a few at a time: with all groups' scores a rewiring would need gigabytes.
+FeatureScores = Callable[[int, int], Tensor]  # scores (last - first, D) of the features
+Prune = Callable[[int, int], Tensor]  # (last - first, F) bool: which connections go
 
 
 def index_dtype(width: int) -> torch.dtype:
@@ -42,15 +44,25 @@ def random_features(first_group: int, count: int, width: int, fan_in: int, seed:
     return made
 
 
-def connection_scores(tail: TailState) -> Tensor:
-    """(T, F) float32: mean |w| of each connection over its group's real labels."""
+def scoring_spans(tail: TailState) -> list[tuple[int, int]]:
+    """Ranges of groups whose connections are scored, and the weakest found, in bounded memory."""
+    _, size, fan_in = tail.weight.shape
+    return spans(tail.weight.shape[0], fan_in * (16 * size + 32), tail.weight.device)
+
+
+def connection_scores(tail: TailState, first: int = 0, last: int | None = None) -> Tensor:
+    """(last - first, F) float32: mean |w| of each connection over its group's real labels, for groups first..last-1.
+
+    Summed in float64, which hardly rounds: so a score does not depend on which groups are asked for together.
+    """
     groups, size, _ = tail.weight.shape
-    real = (tail.rows - size * torch.arange(groups, device=tail.weight.device)).clamp_(1, size)
-    scores = torch.linalg.vector_norm(tail.weight, 1, dim=1, dtype=torch.float32)
-    if tail.rows < groups * size:
-        last = tail.rows // size
-        scores[last] = torch.linalg.vector_norm(tail.weight[last, : tail.rows - last * size], 1, dim=0, dtype=torch.float32)
-    return scores.div_(real[:, None])
+    last = groups if last is None else last
+    weight = tail.weight[first:last].double()
+    sums = torch.linalg.vector_norm(weight, 1, dim=1)
+    real = (tail.rows - size * torch.arange(first, last, device=weight.device)).clamp_(1, size)
+    if tail.rows < last * size and last > first:
+        sums[-1] = torch.linalg.vector_norm(weight[-1, : tail.rows - (last - 1) * size], 1, dim=0)
+    return sums.div_(real[:, None]).float()
 
 
 @torch.no_grad()
@@ -84,27 +96,32 @@ def gradient_scores(x_ND: Tensor, positives: Positives, tail: TailState, loss: L
 
 
 @torch.no_grad()
-def prune_and_regrow(tail: TailState, prune: Tensor, width: int, seed: int, step: int, scores: FeatureScores | None = None) -> int:
-    """Gives each connection of ``prune`` (T, F) bool a feature that its group did not have, weight 0 and momentum 0.
+def prune_and_regrow(tail: TailState, prune: Prune, width: int, seed: int, step: int, scores: FeatureScores | None = None) -> int:
+    """Gives each connection that ``prune`` names a feature that its group did not have, weight 0 and momentum 0.
 
     The features of the largest ``scores``, of equal ones the lower, or random ones where there are no scores; one that is pruned
     now does not come back at once. In place; ``tail.index`` stays ascending, weights and momentum move along. A group has
     ``width`` - F free features: where more are pruned, those of the lowest connection score are replaced and the rest stay.
-    ``scores`` is asked for a range of groups just before that range changes: (T, D) values never exist. Returns the number replaced.
+    ``prune`` and ``scores`` are asked for a range of groups just before that range changes: (T, F) and (T, D) values never exist.
+    Returns the number replaced.
     """
-    groups, _, fan_in = tail.weight.shape
+    groups, size, fan_in = tail.weight.shape
+    device = tail.weight.device
     free = width - fan_in
-    if free < fan_in:
-        score = connection_scores(tail).masked_fill_(~prune, torch.inf)
-        rank = score.argsort(dim=1, stable=True).argsort(dim=1)
-        prune = prune & (rank < free)
-    most = int(prune.sum(1).max()) if groups else 0
-    if most == 0:
-        return 0
-    for start, stop in spans(groups, 64 * width + 16 * tail.weight[0].numel(), prune.device):
-        cut, index = prune[start:stop], tail.index[start:stop].long()
+    replaced = 0
+    for start, stop in spans(groups, 64 * width + fan_in * (16 * size + 32), device):
+        cut, index = prune(start, stop), tail.index[start:stop].long()
+        if free < fan_in:
+            score = connection_scores(tail, start, stop).masked_fill_(~cut, torch.inf)
+            rank = score.argsort(dim=1, stable=True).argsort(dim=1)
+            cut = cut & (rank < free)
+        each = cut.sum(1)
+        most = int(each.max())
+        if most == 0:
+            continue
+        replaced += int(each.sum())
         if scores is None:
-            keys = _keys(tail.first_group + start, stop - start, width, seed, step, REGROW, prune.device)
+            keys = _keys(tail.first_group + start, stop - start, width, seed, step, REGROW, device)
             fresh = keys.scatter_(1, index, _NEVER).topk(most, dim=1, largest=False, sorted=True).indices
         else:  # a stable sort: topk leaves open which of equal scores it takes
             wanted = scores(start, stop).scatter(1, index, -torch.inf)
@@ -116,7 +133,7 @@ def prune_and_regrow(tail: TailState, prune: Tensor, width: int, seed: int, step
             if value is not None:
                 kept = value[start:stop].masked_fill(cut[:, None], 0)
                 value[start:stop] = kept.gather(2, order[:, None].expand_as(kept))
-    return int(prune.sum())
+    return replaced
 
 
 def _keys(first_group: int, count: int, width: int, seed: int, step: int, stream: int, device: torch.device) -> Tensor:

@@ -13,11 +13,12 @@ from torch import Tensor
 from haste_dist.classifier import HEAD_DROPOUT, TAIL_DROPOUT, Classifier, counted_from, sort_positives
 from haste_dist.config import RewireConfig, load_config
 from haste_dist.errors import ConfigError
-from haste_dist.rewire import gradients, keeps_batch, lowest_overall, rewire
+from haste_dist.live_bytes import LiveBytes
+from haste_dist.rewire import gradients, keeps_batch, limit_of_lowest, rewire
 from haste_dist.schedule import rewire_fraction
 from haste_dist.sharding import label_shard
 from haste_dist.world import World, join_world
-from haste_kernels import Positives, StepArgs, head_step, merge_topk, random_features, reference, tail_step
+from haste_kernels import Positives, StepArgs, TailState, chunks, head_step, merge_topk, random_features, reference, tail_step
 
 HEAD, GROUPS, SIZE, LABELS, WIDTH, N = 23, 5, 16, 23 + 5 * 16 - 3, 24, 10
 CPU = torch.device("cpu")
@@ -190,9 +191,36 @@ def test_batches_are_kept_only_where_a_rewiring_follows(interval: int, batches: 
 @given(st.lists(st.sampled_from([0.0, 1e-40, 0.5, 0.75, 3.0, 3e38]), min_size=1, max_size=30), st.integers(0, 30))
 def test_the_lowest_of_all_ranks_are_found_without_sorting(scores: list[float], count: int) -> None:
     """With those equal to the highest of them; for more than there are, all."""
-    found = lowest_overall(torch.tensor([scores]), count, join_world("cpu"))
-    limit = sorted(scores)[min(count, len(scores)) - 1] if count else -1.0
-    assert torch.equal(found[0], torch.tensor(scores) <= torch.tensor(limit))
+    weight = torch.tensor(scores).view(-1, 1, 1)
+    tail = TailState(weight, torch.zeros(len(scores), 1, dtype=torch.int16), None, None, None, 0, len(scores), 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "CPU_BYTES", 200)  # a few groups at a time
+        limit = limit_of_lowest(tail, count, join_world("cpu"))
+    expected = sorted(scores)[min(count, len(scores)) - 1] if count else -1.0
+    assert torch.equal(weight.view(torch.int32) <= limit, weight <= expected)
+
+
+@pytest.mark.parametrize("prune", ["group", "global", "threshold"])
+def test_a_rewiring_takes_a_few_groups_at_a_time_and_chooses_the_same(prune: str) -> None:
+    """Of 3,000 groups it holds the scores of 20 or so; with room for all at once, the outcome is the same."""
+    groups, width = 3000, 48
+    config = load_config(None, ["output.group_size=16", "output.fan_in=24", "output.weight_dtype=bfloat16"]).output
+    first = Classifier(config, label_shard(0, groups, 16, groups * 16 - 5, 1, 0), width, 5, CPU)
+    generator = torch.Generator().manual_seed(1)
+    first.tail.weight.copy_(torch.randn(first.tail.weight.shape, generator=generator) * 0.02)
+    second = copy.deepcopy(first)
+    settings = RewireConfig(prune=prune, threshold=0.014)
+    whole = rewire(first, settings, 0.25, 8, join_world("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "CPU_BYTES", 200_000)
+        with LiveBytes([t for t, _ in second.tensors().values()]) as live:
+            held = live.now
+            cut = rewire(second, settings, 0.25, 8, join_world("cpu"))
+    assert whole == cut
+    assert 0 < whole.replaced < whole.connections
+    assert torch.equal(first.tail.index, second.tail.index)
+    assert torch.equal(first.tail.weight, second.tail.weight)
+    assert live.peak - held <= 200_000 < groups * 24 * 4  # less than all scores alone
 
 
 LABELS_OF_TEXTS = st.lists(st.sets(st.integers(0, LABELS - 1), max_size=5), min_size=1, max_size=8)

@@ -35,6 +35,10 @@ def make_scores(groups, width):
     return table_TD, lambda first_group: lambda first, last: table_TD[first_group + first : first_group + last]
 
 
+def ask(table_TF):
+    return lambda first, last: table_TF[first:last]
+
+
 SHAPES = {
     "groups": st.integers(0, 7),
     "size": st.sampled_from([1, 4, 16]),
@@ -61,7 +65,7 @@ def test_prune_and_regrow(groups, size, fan_in, extra, padded, share, dtype, mom
     scores = source(0) if scored else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CPU_BYTES", 3000)
-        replaced = prune_and_regrow(tail, prune, width, seed, step, scores)
+        replaced = prune_and_regrow(tail, ask(prune), width, seed, step, scores)
     assert replaced == reference.prune_and_regrow(slow, prune, width, seed, step, scores)
     for name in ("index", "weight", "momentum"):
         if getattr(tail, name) is not None:
@@ -93,7 +97,7 @@ def test_surplus_keeps_its_strongest():
     tail.weight = torch.tensor([[[0.1, -9.0, 0.2]]])
     strongest = int(tail.index[0, 1])
     old = set(tail.index[0].tolist())
-    assert prune_and_regrow(tail, torch.ones(1, 3, dtype=torch.bool), 5, 0, 0) == 2
+    assert prune_and_regrow(tail, ask(torch.ones(1, 3, dtype=torch.bool)), 5, 0, 0) == 2
     assert set(tail.index[0].tolist()) == set(range(5)) - old | {strongest}
     assert tail.weight[0, 0].sort().values.tolist() == [-9.0, 0.0, 0.0]
 
@@ -105,13 +109,13 @@ def test_independent_of_sharding(count, scored):
     prune = torch.rand(9, 6) < 0.4
     source = make_scores(9, 40)[1]
     whole = copy.deepcopy(tail)
-    replaced = prune_and_regrow(whole, prune, 40, 3, 17, source(0) if scored else None)
+    replaced = prune_and_regrow(whole, ask(prune), 40, 3, 17, source(0) if scored else None)
     parts, total = [], 0
     for ids in torch.arange(9).tensor_split(count):
         a, b = int(ids[0]), int(ids[-1]) + 1
         values = {"weight": tail.weight[a:b].clone(), "momentum": tail.momentum[a:b].clone(), "index": tail.index[a:b].clone()}
         parts.append(replace(tail, **values, first_row=4 * a, rows=min(4 * b, tail.rows) - 4 * a, first_group=5 + a))
-        total += prune_and_regrow(parts[-1], prune[a:b], 40, 3, 17, source(a) if scored else None)
+        total += prune_and_regrow(parts[-1], ask(prune[a:b]), 40, 3, 17, source(a) if scored else None)
     assert total == replaced
     for name in ("index", "weight", "momentum"):
         assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
@@ -151,7 +155,7 @@ def test_regrowth_differs_by_step_and_seed():
     results = []
     for seed, step in ((0, 1), (0, 2), (1, 1)):
         tail = make_tail(6, 4, 6, 60)
-        prune_and_regrow(tail, torch.ones(6, 6, dtype=torch.bool), 60, seed, step)
+        prune_and_regrow(tail, ask(torch.ones(6, 6, dtype=torch.bool)), 60, seed, step)
         results.append(tuple(tail.index.flatten().tolist()))
     assert len(set(results)) == 3
 
@@ -164,6 +168,7 @@ def test_connection_scores(dtype, padded):
         tail.weight[-1, 16 - padded :] = 1e6
     scores = connection_scores(tail)
     assert scores.dtype == torch.float32
+    assert torch.equal(torch.cat([connection_scores(tail, 0, 3), connection_scores(tail, 3, 4), connection_scores(tail, 4)]), scores)
     torch.testing.assert_close(scores.double(), reference.connection_scores(tail), rtol=1e-5, atol=1e-6)
 
 
@@ -226,8 +231,8 @@ def test_scores_are_asked_for_before_their_groups_change_and_for_few_groups_at_o
         seen.append((first, last))
         return torch.arange(16.0).expand(last - first, 16)
 
-    monkeypatch.setattr(chunks, "CPU_BYTES", 2 * (64 * 16 + 16 * 12))
-    prune_and_regrow(tail, torch.ones(7, 3, dtype=torch.bool), 16, 0, 0, scores)
+    monkeypatch.setattr(chunks, "CPU_BYTES", 2 * (64 * 16 + 3 * (16 * 4 + 32)))
+    prune_and_regrow(tail, ask(torch.ones(7, 3, dtype=torch.bool)), 16, 0, 0, scores)
     assert seen == [(0, 2), (2, 4), (4, 6), (6, 7)]
     for old, new in zip(before.index.tolist(), tail.index.tolist(), strict=True):
         assert new == sorted(set(range(16)) - set(old))[-3:]
