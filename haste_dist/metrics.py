@@ -126,11 +126,15 @@ class Metrics:
 
     def add(self, predicted: ArrayLike, labels: "Ragged | pa.ListArray | Sequence[ArrayLike]") -> None:
         """``predicted`` (n, K) as in ``match``; K may be smaller than k, then the rest counts as wrong."""
+        self._sums += self.per_text(predicted, labels).sum(axis=0)
+
+    def per_text(self, predicted: ArrayLike, labels: "Ragged | pa.ListArray | Sequence[ArrayLike]") -> NDArray[np.float64]:
+        """(n, M): what each text adds to ``state``. Whoever keeps it can weigh texts anew: ``merge(weights @ kept)``."""
         pairs = match(predicted, labels)
         n, width = pairs.hits.shape
         gain = 1.0 / np.log2(np.arange(max(width, pairs.true_count.max(initial=0), *self.ks)) + 2.0)  # of a hit at each place
         best_dcg = np.concatenate([[1.0], np.cumsum(gain)])  # of 0, 1, 2 ... true labels; the 1 is never divided into a hit
-        sums = [float(n)]
+        columns = [np.ones(n)]
         hits = pairs.hits.astype(np.float64)
         values = [hits]
         best = self._best(pairs) if self.propensity is not None else None
@@ -141,14 +145,18 @@ class Metrics:
         for k in self.ks:
             normaliser = 1.0 / best_dcg[np.minimum(pairs.true_count, k)]
             for value in values:
-                sums += [value[:, :k].sum() / k, ((value[:, :k] * gain[: min(k, width)]).sum(axis=1) * normaliser).sum()]
+                columns += [value[:, :k].sum(axis=1) / k, (value[:, :k] * gain[: min(k, width)]).sum(axis=1) * normaliser]
             if best is not None:
                 weight_of, rank = best
                 top = rank < k
-                sums += [weight_of[top].sum() / k, (weight_of[top] * gain[rank[top]] * normaliser[pairs.row[top]]).sum()]
+                row, reachable = pairs.row[top], weight_of[top]
+                columns += [
+                    np.bincount(row, reachable, n) / k,
+                    np.bincount(row, reachable * gain[rank[top]] * normaliser[row], n),
+                ]
         share = 1.0 / np.maximum(pairs.true_count, 1)
-        sums += [float((hits[:, :k].sum(axis=1) * share).sum()) for k in self.recall_ks]
-        self._sums += sums
+        columns += [hits[:, :k].sum(axis=1) * share for k in self.recall_ks]
+        return np.stack(columns, axis=1)
 
     def _best(self, pairs: Match) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """(P,) weight of each true pair and its place in the best ranking of its text: heaviest first."""
@@ -199,12 +207,17 @@ class FrequencyRecall:
 
     def add(self, predicted: ArrayLike, labels: "Ragged | pa.ListArray | Sequence[ArrayLike]") -> None:
         """As ``Metrics.add``."""
+        self._sums += self.per_text(predicted, labels).sum(axis=0).reshape(self._sums.shape)
+
+    def per_text(self, predicted: ArrayLike, labels: "Ragged | pa.ListArray | Sequence[ArrayLike]") -> NDArray[np.float64]:
+        """(n, 2 * bins): as ``Metrics.per_text``."""
         pairs = match(np.asarray(predicted)[:, : self.k], labels)
         lows = np.array([low for low, _, _ in FREQUENCY_BINS])
-        bin_of_pair = np.searchsorted(lows, self.frequency[pairs.label], side="right")  # 0: never seen
-        found = np.bincount(bin_of_pair[pairs.place[pairs.hits]], minlength=len(lows) + 1)
-        every = np.bincount(bin_of_pair, minlength=len(lows) + 1)
-        self._sums += np.stack([found, every], axis=1)[1:]
+        bins = len(lows) + 1
+        cell = pairs.row * bins + np.searchsorted(lows, self.frequency[pairs.label], side="right")  # bin 0: never seen
+        size = len(pairs.true_count) * bins
+        counts = [np.bincount(cell[pairs.place[pairs.hits]], minlength=size), np.bincount(cell, minlength=size)]  # found, all
+        return np.stack(counts, axis=1).reshape(-1, bins, 2)[:, 1:].reshape(-1, 2 * len(lows)).astype(np.float64)
 
     def state(self) -> NDArray[np.float64]:
         """The sums as one vector, combined by addition."""

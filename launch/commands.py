@@ -163,6 +163,12 @@ def scale(args: Namespace) -> int:
     return scale_ranks(settings, words)
 
 
+def study(args: Namespace) -> int:
+    from haste_launch.study import study as run_study
+
+    return run_study(args.page, Path(args.out), args.overrides, args.side_by_side, not args.no_plot)
+
+
 def bench(args: Namespace) -> int:
     if args.action == "checkpoint":
         from haste_launch.checkpoint_bench import bench_checkpoint

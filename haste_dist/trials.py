@@ -1,0 +1,253 @@
+"""A study of accuracy: named cases of settings, each trained from several seeds, and what is kept of each run.
+
+A study is a YAML page:
+
+    config: wordnet                        what ``haste train`` takes
+    settings: [train.epochs=12]            a.b=c of every case
+    seeds: [0, 1, 2]
+    split: test                            test, or dev: then data.dev_fraction says how much of the training texts is held out
+    cases:                                 a.b=c of each; the first is what the others are compared with
+      default: []
+      dense: [output.head_fraction=1]
+
+The last checkpoint of a run is scored, so that the split chooses nothing. Of a run stay its settings, its log, ``result.json`` and
+``texts.parquet``: what every text of the split adds to each metric's sums, so that intervals can be made by weighing texts anew.
+
+Letters: n texts of the split, M sums of ``Metrics`` and ``FrequencyRecall``.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from numpy.typing import NDArray
+
+from haste_dist.config import Config, load_config
+from haste_dist.errors import ConfigError, DataError
+from haste_dist.label_groups import COHESION_FILE, GROUPS_FILE, LABELS_FILE, head_size, label_order_is_current, load_label_order
+from haste_dist.manifest import first_line, read_manifest, replacing
+from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
+from haste_dist.records import stamp
+from haste_dist.runlog import read_events
+from haste_dist.sealed import CHECKSUMS
+
+RESULT, TEXTS, RESULTS = "result.json", "texts.parquet", "results.parquet"
+NAMES = ("config", "settings", "seeds", "split", "cases")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study page, checked."""
+
+    config: str
+    settings: tuple[str, ...]
+    seeds: tuple[int, ...]
+    split: str
+    cases: dict[str, tuple[str, ...]]
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.cases))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a study."""
+
+    case: str
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.folder)
+
+
+def read_study_page(file: str | Path) -> Study:
+    """Raises ConfigError, in one line, for a page that is no study."""
+    try:
+        page = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: {first_line(error)}") from None
+    if not isinstance(page, dict) or set(page) - set(NAMES) or not {"config", "cases"} <= set(page):
+        raise ConfigError(f"{file}: a study has config and cases, and may have {', '.join(NAMES[1:-1])}")
+    cases, seeds, split = page["cases"], page.get("seeds", [0]), page.get("split", "test")
+    lists = [page.get("settings", []), *(cases.values() if isinstance(cases, dict) else [None])]
+    if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in lists) or not cases:
+        raise ConfigError(f"{file}: settings and each of the cases are lists of a.b=c, such as dense: [output.head_fraction=1]")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{file}: seeds={seeds}: a list of distinct whole numbers")
+    if split not in ("test", "dev"):
+        raise ConfigError(f"{file}: split={split}: test or dev")
+    bad = [name for name in cases if not isinstance(name, str) or Path(name).name != name or name.startswith(".")]
+    if bad:
+        raise ConfigError(f"{file}: case '{bad[0]}': a name that can be a folder's")
+    return Study(str(page["config"]), tuple(lists[0]), tuple(seeds), split, {name: tuple(words) for name, words in cases.items()})
+
+
+def trials_of(study: Study, out: Path, overrides: list[str]) -> list[Trial]:
+    """All runs, seed by seed, so that a study that is cut has whole seeds. ``overrides`` come last. Raises ConfigError."""
+    found = []
+    for seed in study.seeds:
+        for case, words in study.cases.items():
+            config = load_config(study.config, [*study.settings, *words, *overrides])
+            config.run.seed, config.run.folder = seed, os.path.abspath(out / "runs" / f"{case}-{seed}")
+            config.evaluate.split = study.split
+            if (study.split == "dev") != (config.data.dev_fraction > 0):
+                raise ConfigError(
+                    f"split={study.split} with data.dev_fraction={config.data.dev_fraction}: dev needs one above 0, test is 0"
+                )
+            found.append(Trial(case, seed, config))
+    return found
+
+
+def with_label_order(config: Config, out: Path, seed: int) -> Config:
+    """The config with a prepared folder whose label order is the one it asks for: the study's own if it will do, or one made under ``out``.
+
+    The order's random choices come from ``seed``, the study's first, so that seeds of a case share it. Texts are linked, not copied.
+    """
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=config.run.folder))
+    source = Path(os.path.abspath(config.data.prepared))
+    manifest = read_manifest(source)
+    asking = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
+    wanted = (config.output.group_size, head_size(manifest.labels, config.output.head_fraction, config.output.group_size))
+    order = load_label_order(source)
+    page = json.loads((source / GROUPS_FILE).read_text(encoding="utf-8"))
+    same = all(page.get(name) == value for name, value in dataclasses.asdict(config.groups).items() if name in page and name != "encoder")
+    if same and wanted == (order.group_size, order.head_rows):
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(source)))
+    key = json.dumps([manifest.fingerprint, wanted, seed, dataclasses.asdict(config.groups)], sort_keys=True)
+    folder = out / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:12]
+    if not label_order_is_current(asking, folder, manifest):
+        from haste_dist.label_groups import make_label_order
+        from haste_dist.verify import seal_data
+
+        ours = {LABELS_FILE, GROUPS_FILE, COHESION_FILE, CHECKSUMS}
+        for path in source.rglob("*"):
+            there = folder / path.relative_to(source)
+            if path.is_file() and path.name not in ours and not there.exists():
+                there.parent.mkdir(parents=True, exist_ok=True)
+                _link(path, there)
+        make_label_order(asking, folder, manifest)
+        seal_data(folder)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(folder.absolute())))
+
+
+def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False) -> bool:
+    """Trains (or goes on) and scores on this process's device; writes the result and removes the checkpoints.
+
+    False: it was stopped before its end, and saved. Raises HasteError.
+    """
+    from haste_dist.evaluate import load_frequency
+    from haste_dist.model import open_prepared
+    from haste_dist.scoring import evaluate_run
+    from haste_dist.train import CHECKPOINTS, train
+    from haste_dist.world import join_world, leave_world
+
+    config, folder = trial.config, trial.folder
+    world = join_world(config.launch.device, config.launch.timeout)
+    began = time.perf_counter()
+    outcome = train(config, world, wants_stop)
+    seconds = time.perf_counter() - began
+    if outcome.reason == "stopped":
+        leave_world()
+        return False
+    prepared = open_prepared(config)
+    frequency, rows = load_frequency(prepared.folder), prepared.manifest.splits["train"].rows
+    propensity = Propensity(frequency, rows, config.evaluate.propensity_a, config.evaluate.propensity_b)
+    metrics, rare = Metrics(propensity), FrequencyRecall(frequency)
+    positions: list[NDArray[np.int64]] = []
+    sums: list[NDArray[np.float64]] = []
+
+    def keep(texts: NDArray[np.int64], true: Ragged, labels: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
+        positions.append(texts)
+        sums.append(np.concatenate([metrics.per_text(labels, true), rare.per_text(labels, true)], axis=1))
+
+    measured = evaluate_run(config, world, "last", keep)
+    at, values = np.concatenate(positions), np.concatenate(sums)
+    by_position = np.argsort(at, kind="stable")
+    columns = {"text": at[by_position], **{f"sum_{i}": values[by_position, i].astype(np.float32) for i in range(values.shape[1])}}
+    with replacing(folder / TEXTS) as file:
+        pq.write_table(pa.table(columns), file, compression="zstd")
+    events = read_events(folder)
+    steps = [event for event in events if event["event"] == "step"]
+    result = {
+        "case": trial.case,
+        "seed": trial.seed,
+        "split": config.evaluate.split,
+        "settings": settings_of(trial),
+        **{name: value for name, value in measured.items() if name != "seconds"},
+        "step": outcome.step,
+        "train_seconds": seconds,
+        "step_p50_ms": float(np.median([s["step_ms"] for s in steps if "step_ms" in s] or [0.0])),
+        "output_bytes": next(event["output_bytes"] for event in events if event["event"] == "start"),
+        "peak_gib": max(event.get("peak_gib", 0.0) for event in events if event["event"] == "end"),
+        "device": str(world.device.type),
+        **stamp(),
+    }
+    with replacing(folder / RESULT) as file:
+        file.write((json.dumps(result, indent=1) + "\n").encode())
+    shutil.rmtree(folder / CHECKPOINTS)
+    leave_world()
+    return True
+
+
+def settings_of(trial: Trial) -> str:
+    """All settings of a run, where it lies and who starts it aside."""
+    page = dataclasses.asdict(trial.config)
+    for part, names in {"run": ("folder", "resume"), "data": ("source", "prepared", "workers")}.items():
+        for name in names:
+            del page[part][name]
+    del page["launch"], page["checkpoint"]
+    return json.dumps(page, sort_keys=True)
+
+
+def read_result(trial: Trial) -> dict[str, Any] | None:
+    """What the run gave, None if it is not finished. Raises DataError if its folder holds another run."""
+    path = trial.folder / RESULT
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        settings = result["settings"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({first_line(error)}); remove {trial.folder} and run the study again") from None
+    if settings != settings_of(trial):
+        raise DataError(f"{trial.folder}: holds a run with other settings; remove it or choose another --out")
+    return result
+
+
+def read_texts(trial: Trial) -> NDArray[np.float64]:
+    """(n, M): what every text adds to the sums, by position in the split. Raises DataError."""
+    path = trial.folder / TEXTS
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); remove {trial.folder} and run the study again") from None
+    return np.stack([table[name].to_numpy() for name in table.column_names if name != "text"], axis=1).astype(np.float64)
+
+
+def write_results(out: Path, results: list[dict[str, Any]]) -> Path:
+    """``results.parquet``: one row a finished run."""
+    names = list(dict.fromkeys(name for result in results for name in result))
+    with replacing(out / RESULTS) as file:
+        pq.write_table(pa.Table.from_pylist([{name: result.get(name) for name in names} for result in results]), file)
+    return out / RESULTS
+
+
+def _link(path: Path, there: Path) -> None:
+    try:
+        os.link(path, there)
+    except OSError:  # another disk
+        shutil.copyfile(path, there)
