@@ -1,7 +1,7 @@
 """Intervals of a study's figures: over seeds (Student's t), and over the split's texts (paired bootstrap).
 
-Both are of 95%. The bootstrap draws texts with replacement, the same ones for both cases and for all seeds, and looks at the mean over seeds
-of the difference; sums are weighed anew, so ratios of sums (PSP, recall by frequency) are treated as what they are.
+Both are of 95%. The bootstrap draws texts with replacement, the same ones for both cases and for all seeds, and looks at the mean over
+seeds of the difference; sums are weighed anew, so ratios of sums (PSP, recall by frequency) are treated as what they are.
 
 Letters: n texts, M sums of a text, S samples.
 """

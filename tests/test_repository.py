@@ -171,7 +171,7 @@ def test_every_command_in_the_documents_exists() -> None:
         for target in re.findall(r"`make ([a-z]+)|^make ([a-z]+)", text, re.MULTILINE):
             assert "".join(target) in MAKE_TARGETS, f"{name}: make {target}"
     commands = {"prepare", "train", "evaluate", "predict", "plot", "config", "datasets", "bench"}
-    assert seen == commands | {"verify", "export", "inspect", "scale", "plan", "serve"}
+    assert seen == commands | {"verify", "export", "inspect", "scale", "plan", "serve", "study"}
 
 
 def test_the_constraints_pin_every_dependency_of_the_project() -> None:
