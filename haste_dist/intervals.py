@@ -62,8 +62,8 @@ def paired_bootstrap(
     here = _mean_difference(np.ones((1, n)), case, baseline)
     tails = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
     found = {}
-    for name, values in drawn.items():
-        every = np.concatenate(values)
+    for name, parts in drawn.items():
+        every = np.concatenate(parts)
         every = every[~np.isnan(every)]
         low, high = np.percentile(every, tails) if len(every) else (np.nan, np.nan)
         found[name] = Interval(float(here[name][0]), float(low), float(high))

@@ -134,7 +134,7 @@ class Metrics:
         n, width = pairs.hits.shape
         gain = 1.0 / np.log2(np.arange(max(width, pairs.true_count.max(initial=0), *self.ks)) + 2.0)  # of a hit at each place
         best_dcg = np.concatenate([[1.0], np.cumsum(gain)])  # of 0, 1, 2 ... true labels; the 1 is never divided into a hit
-        columns = [np.ones(n)]
+        columns: list[NDArray[np.float64]] = [np.ones(n)]
         hits = pairs.hits.astype(np.float64)
         values = [hits]
         best = self._best(pairs) if self.propensity is not None else None
@@ -150,10 +150,8 @@ class Metrics:
                 weight_of, rank = best
                 top = rank < k
                 row, reachable = pairs.row[top], weight_of[top]
-                columns += [
-                    np.bincount(row, reachable, n) / k,
-                    np.bincount(row, reachable * gain[rank[top]] * normaliser[row], n),
-                ]
+                reachable_dcg = reachable * gain[rank[top]] * normaliser[row]
+                columns += [np.bincount(row, reachable, n) / k, 1.0 * np.bincount(row, reachable_dcg, n)]
         share = 1.0 / np.maximum(pairs.true_count, 1)
         columns += [hits[:, :k].sum(axis=1) * share for k in self.recall_ks]
         return np.stack(columns, axis=1)
