@@ -151,7 +151,7 @@ class Metrics:
                 top = rank < k
                 row, reachable = pairs.row[top], weight_of[top]
                 reachable_dcg = reachable * gain[rank[top]] * normaliser[row]
-                columns += [np.bincount(row, reachable, n) / k, 1.0 * np.bincount(row, reachable_dcg, n)]
+                columns += [np.bincount(row, reachable, n) / k, np.bincount(row, reachable_dcg, n).astype(np.float64)]
         share = 1.0 / np.maximum(pairs.true_count, 1)
         columns += [hits[:, :k].sum(axis=1) * share for k in self.recall_ks]
         return np.stack(columns, axis=1)
