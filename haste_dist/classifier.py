@@ -4,6 +4,7 @@ Letters: N global batch rows, D embedding width, M most labels of a text, K top-
 some label rows; dx summed over ranks is the gradient of the whole layer (DESIGN of the step: see step.py).
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ class Classifier:
         self.kept: list[tuple[Tensor, Tensor]] = []
 
     def step(self, x_ND: Tensor, label_rows_NM: Tensor, lr: float, step: int, want_loss: bool = False) -> tuple[Tensor, Tensor | None]:
-        """One SGD step on the rows of this rank.
+        """One SGD step on the rows of this rank; ``lr`` is the head's, and the tail's is in proportion where it has its own.
 
         ``x_ND`` in the working dtype, ``label_rows_NM`` global rows with -1 where there is none. Returns the float32 (N, D)
         gradient with respect to x from these rows, and their share of the loss if wanted (else None).
@@ -80,6 +81,8 @@ class Classifier:
             losses.append(loss)
         if self.tail.weight.shape[0]:
             x, mask = self._masked(x_ND, self.tail_slice, config.tail_dropout, step, TAIL_DROPOUT)
+            if config.tail_lr is not None:
+                args = dataclasses.replace(args, lr=lr * config.tail_lr / config.lr if config.lr else 0.0)
             dx, loss = stage("tail")(tail_step)(x, counted_from(positives, self.tail.first_row), self.tail, args, want_loss)
             self._accumulate(dx_ND, dx, mask, self.tail_slice)
             losses.append(loss)

@@ -127,7 +127,13 @@ class OutputConfig:
         None, "initial bias of every label; null: the log odds of an average label (squared_hinge: -1)", low=-30.0, high=30.0
     )
     init_scale: float = setting(1.0, "initial weights are uniform within this / sqrt(inputs of the label)", low=0.0, high=10.0)
+    start: str = setting(
+        "random",
+        "where the tail starts: random features and weights, or those of its labels' embeddings, which prepare then keeps",
+        choices=("random", "centroids"),
+    )
     lr: float = setting(0.05, "peak learning rate of SGD, for the chosen reduction", low=0.0)
+    tail_lr: float | None = setting(None, "that of the tail, whose labels read fewer features; null: the same", low=0.0)
     momentum: float = setting(0.9, "SGD momentum (0: none is stored)", low=0.0, high=0.9999)
     weight_decay: float = setting(1e-4, "added to the gradient before momentum", low=0.0, high=1.0)
     weight_dtype: str = setting(
@@ -276,6 +282,8 @@ def check(config: Config) -> None:
         )
     if config.encoder.name == "scratch" and config.encoder.width % config.encoder.heads:
         raise ConfigError(f"encoder.width={config.encoder.width} is not a multiple of encoder.heads={config.encoder.heads}")
+    if config.output.start == "centroids" and (config.groups.features != "encoder" or config.groups.encoder):
+        raise ConfigError("output.start=centroids: label embeddings must be the encoder's; set groups.features=encoder, groups.encoder=")
     if config.output.tail_features:
         check_fan_in(config.output.fan_in, config.output.tail_features[1] - config.output.tail_features[0])
 

@@ -11,6 +11,7 @@ Written into the prepared folder, each file atomically, with bytes that depend o
     labels.arrow   a row per output row: label (-1: padding), text, frequency, row, group (-1: head)
     groups.json    H, T, G, the settings behind the order, its fingerprint, and the cohesion report
     cohesion.arrow how close each group's labels are, and those of random groups; only where labels were embedded
+    label_vectors.npy   (L, D) float16, each label's embedding; only for output.start=centroids
 
 Letters: L labels, R = H + T*G rows, D embedding width.
 """
@@ -41,6 +42,7 @@ from haste_dist.world import choose_device
 SCHEMA_VERSION = 1
 LABELS_FILE, GROUPS_FILE = "labels.arrow", "groups.json"
 COHESION_FILE = "cohesion.arrow"
+VECTORS_FILE = "label_vectors.npy"
 COHESION_SCHEMA = pa.schema([("group", pa.int64()), ("cohesion", pa.float32()), ("random", pa.float32()), ("next", pa.float32())])
 """A row a group: mean cosine of its labels to its centroid, that of a random group, the centroid's cosine to the next one (0: last)."""
 WORK = "grouping"  # folder of what a killed run has finished
@@ -196,6 +198,11 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
         work=work,
     )
     _write_order(folder / LABELS_FILE, order, table["text"])
+    (folder / VECTORS_FILE).unlink(missing_ok=True)
+    if config.output.start == "centroids":
+        vectors = made.vectors if made else embed()
+        with replacing(folder / VECTORS_FILE) as file:
+            np.save(file, vectors, allow_pickle=False)
     (folder / COHESION_FILE).unlink(missing_ok=True)
     if closeness is not None:
         write_arrow(folder / COHESION_FILE, closeness)
@@ -222,6 +229,8 @@ def label_order_is_current(config: Config, folder: str | Path, manifest: Manifes
     """Whether ``folder`` holds a whole label order made from its data with these settings, so that a rerun can keep it."""
     try:
         page = json.loads((Path(folder) / GROUPS_FILE).read_text(encoding="utf-8"))
+        if config.output.start == "centroids" and not (Path(folder) / VECTORS_FILE).is_file():
+            return False
         return page.items() >= _settings(config, manifest).items() and load_label_order(folder).labels == manifest.labels
     except (OSError, ValueError, AttributeError, DataError):
         return False

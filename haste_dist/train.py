@@ -14,6 +14,7 @@ from pathlib import Path
 from haste_dist import checkpoint
 from haste_dist.agreement import same_error
 from haste_dist.augmentation import check_label_texts
+from haste_dist.centroids import check_centroids, start_from_centroids
 from haste_dist.checkpoint import RunState
 from haste_dist.collectives import StopVote, barrier
 from haste_dist.config import Config, TrainConfig, save_config
@@ -93,6 +94,8 @@ def check_run(config: Config) -> Prepared:
     check_features(config, prepared.manifest)
     if config.data.label_texts:
         check_label_texts(prepared.folder, prepared.manifest)
+    if config.output.start == "centroids":
+        check_centroids(config, prepared)
     folder = Path(config.run.folder) / CHECKPOINTS
     found = checkpoint.newest(folder)
     if config.run.resume == "must" and found is None:
@@ -139,6 +142,8 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
     if start is not None:
         with same_error(world):
             state = checkpoint.load(start, engine, classifier, prepared.order.fingerprint)
+    elif config.output.start == "centroids":
+        start_from_centroids(classifier, prepared)
     barrier(world)
 
     log = RunLog(run, enabled=world.is_first, purge_step=state.step)

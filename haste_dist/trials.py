@@ -35,9 +35,10 @@ from numpy.typing import NDArray
 
 from haste_dist.config import Config, load_config
 from haste_dist.errors import ConfigError, DataError
-from haste_dist.label_groups import COHESION_FILE, GROUPS_FILE, LABELS_FILE, head_size, label_order_is_current, load_label_order
+from haste_dist.label_groups import GROUPS_FILE, VECTORS_FILE, head_size, label_order_is_current, load_label_order
 from haste_dist.manifest import first_line, read_manifest, replacing
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
+from haste_dist.mirror import ORDER_FILES
 from haste_dist.records import stamp
 from haste_dist.runlog import read_events
 from haste_dist.sealed import CHECKSUMS
@@ -125,15 +126,16 @@ def with_label_order(config: Config, out: Path, seed: int) -> Config:
     order = load_label_order(source)
     page = json.loads((source / GROUPS_FILE).read_text(encoding="utf-8"))
     same = all(page.get(name) == value for name, value in dataclasses.asdict(config.groups).items() if name in page and name != "encoder")
+    same &= config.output.start != "centroids" or (source / VECTORS_FILE).is_file()
     if same and wanted == (order.group_size, order.head_rows):
         return dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(source)))
-    key = json.dumps([manifest.fingerprint, wanted, seed, dataclasses.asdict(config.groups)], sort_keys=True)
+    key = json.dumps([manifest.fingerprint, wanted, seed, config.output.start, dataclasses.asdict(config.groups)], sort_keys=True)
     folder = out / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:12]
     if not label_order_is_current(asking, folder, manifest):
         from haste_dist.label_groups import make_label_order
         from haste_dist.verify import seal_data
 
-        ours = {LABELS_FILE, GROUPS_FILE, COHESION_FILE, CHECKSUMS}
+        ours = {*ORDER_FILES, CHECKSUMS}
         for path in source.rglob("*"):
             there = folder / path.relative_to(source)
             if path.is_file() and path.name not in ours and not there.exists():

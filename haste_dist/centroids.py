@@ -1,0 +1,67 @@
+"""A tail that starts from what its labels mean (output.start=centroids).
+
+A group reads the features in which the mean of its labels' embeddings stands out most from that of all labels, and each label's weights
+start as its own embedding there, of length ``init_scale``: before its first training text, a label already answers to texts like its own.
+
+Letters: L labels, D embedding width (of the slice that the tail reads), T groups, G labels of a group, F fan-in.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from haste_dist.classifier import Classifier, feature_slice
+from haste_dist.config import Config
+from haste_dist.errors import ConfigError, DataError
+from haste_dist.label_groups import VECTORS_FILE
+from haste_dist.model import Prepared
+
+CHUNK = 2048  # groups at once
+
+
+def check_centroids(config: Config, prepared: Prepared) -> None:
+    """Raises DataError where prepare kept no embeddings, ConfigError where the tail reads more than an embedding."""
+    width = _vectors(prepared.folder).shape[1]
+    span = feature_slice(config.output.tail_features, width + config.encoder.expansion)
+    if span.stop > width:
+        raise ConfigError(
+            f"output.start=centroids: label embeddings are {width} wide, the tail reads up to {span.stop}; set output.tail_features"
+        )
+
+
+def start_from_centroids(classifier: Classifier, prepared: Prepared) -> None:
+    """Sets features and weights of this rank's groups; the same for any number of ranks, for a group depends on its labels alone."""
+    tail, shard, span = classifier.tail, classifier.shard, classifier.tail_slice
+    vectors_LD = _vectors(prepared.folder)
+    mean_D = torch.from_numpy(_mean(vectors_LD)[span.start : span.stop])
+    size, fan_in = shard.group_size, classifier.config.fan_in
+    for start in range(0, shard.groups, CHUNK):
+        stop = min(start + CHUNK, shard.groups)
+        rows = shard.tail_start + np.arange(start * size, stop * size)
+        labels = prepared.order.label_of_row[rows]
+        v_RD = torch.from_numpy(vectors_LD[np.maximum(labels, 0), span.start : span.stop].astype(np.float32)) - mean_D
+        v_RD[torch.from_numpy(labels < 0)] = 0
+        v_TGD = v_RD.view(stop - start, size, -1)
+        # A stable sort: topk leaves open which of equal features it takes.
+        order = v_TGD.sum(1).abs().sort(dim=1, descending=True, stable=True).indices
+        index_TF = order[:, :fan_in].sort(dim=1).values
+        w_TGF = v_TGD.gather(2, index_TF[:, None].expand(-1, size, -1))
+        w_TGF = classifier.config.init_scale * torch.nn.functional.normalize(w_TGF, dim=2)
+        tail.index[start:stop] = index_TF.to(tail.index)
+        tail.weight[start:stop] = w_TGF.to(tail.weight)
+
+
+def _vectors(folder: Path) -> np.ndarray:
+    try:
+        return np.load(folder / VECTORS_FILE, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        raise DataError(f"{folder / VECTORS_FILE}: missing or damaged; run haste prepare again with output.start=centroids") from None
+
+
+def _mean(vectors_LD: np.ndarray) -> np.ndarray:
+    """(D,) float32, summed in float64 in the order of the labels."""
+    total = np.zeros(vectors_LD.shape[1])
+    for start in range(0, len(vectors_LD), 65536):
+        total += vectors_LD[start : start + 65536].sum(axis=0, dtype=np.float64)
+    return (total / max(1, len(vectors_LD))).astype(np.float32)
