@@ -11,23 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from haste_dist.classifier import Classifier, feature_slice
-from haste_dist.config import Config
-from haste_dist.errors import ConfigError, DataError
+from haste_dist.classifier import Classifier
+from haste_dist.errors import DataError
 from haste_dist.label_groups import VECTORS_FILE
 from haste_dist.model import Prepared
 
 CHUNK = 2048  # groups at once
 
 
-def check_centroids(config: Config, prepared: Prepared) -> None:
-    """Raises DataError where prepare kept no embeddings, ConfigError where the tail reads more than an embedding."""
-    width = _vectors(prepared.folder).shape[1]
-    span = feature_slice(config.output.tail_features, width + config.encoder.expansion)
-    if span.stop > width:
-        raise ConfigError(
-            f"output.start=centroids: label embeddings are {width} wide, the tail reads up to {span.stop}; set output.tail_features"
-        )
+def check_centroids(prepared: Prepared, width: int) -> None:
+    """Raises DataError where prepare kept no embeddings of its labels, or those of an encoder of another ``width``."""
+    shape = _vectors(prepared.folder).shape
+    if shape != (prepared.order.labels, width):
+        raise DataError(f"{prepared.folder / VECTORS_FILE}: is {shape}, not {(prepared.order.labels, width)}; run haste prepare again")
 
 
 def start_from_centroids(classifier: Classifier, prepared: Prepared) -> None:

@@ -56,13 +56,14 @@ def open_prepared(config: Config) -> Prepared:
     return Prepared(folder, manifest, order)
 
 
-def check_features(config: Config, manifest: Manifest) -> None:
-    """The slices and the fan-in must fit the encoder's width; reads its configuration, not its weights. Raises ConfigError."""
+def check_features(config: Config, manifest: Manifest) -> int:
+    """The encoder's width, which slices and fan-in must fit; from its configuration, without its weights. Raises ConfigError."""
     tokenizer = manifest.tokenizer
     width = model_config(config.encoder, tokenizer.vocab_size, tokenizer.pad_id, config.data.max_length).hidden_size
     for name in ("head_features", "tail_features"):
         check_slice(name, feature_slice(getattr(config.output, name), width), width)
     check_fan_in(config.output.fan_in, feature_slice(config.output.tail_features, width).width)
+    return width
 
 
 def make_encoder(config: Config, manifest: Manifest, pretrained: bool = True) -> Encoder:

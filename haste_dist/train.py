@@ -91,11 +91,11 @@ def plan_steps(config: Config, per_epoch: int) -> Plan:
 def check_run(config: Config) -> Prepared:
     """All that can be checked before ranks start. Raises HasteError."""
     prepared = open_prepared(config)
-    check_features(config, prepared.manifest)
+    width = check_features(config, prepared.manifest)
     if config.data.label_texts:
         check_label_texts(prepared.folder, prepared.manifest)
     if config.output.start == "centroids":
-        check_centroids(config, prepared)
+        check_centroids(prepared, width)
     folder = Path(config.run.folder) / CHECKPOINTS
     found = checkpoint.newest(folder)
     if config.run.resume == "must" and found is None:

@@ -129,7 +129,7 @@ def with_label_order(config: Config, out: Path, seed: int) -> Config:
     same &= config.output.start != "centroids" or (source / VECTORS_FILE).is_file()
     if same and wanted == (order.group_size, order.head_rows):
         return dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(source)))
-    key = json.dumps([manifest.fingerprint, wanted, seed, config.output.start, dataclasses.asdict(config.groups)], sort_keys=True)
+    key = json.dumps([manifest.fingerprint, wanted, seed, dataclasses.asdict(config.groups)], sort_keys=True)
     folder = out / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:12]
     if not label_order_is_current(asking, folder, manifest):
         from haste_dist.label_groups import make_label_order

@@ -111,11 +111,11 @@ def test_prepare_keeps_the_embeddings_where_they_are_asked_for(tmp_path: Path, m
 def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"set groups.features=encoder, groups.encoder="):
         load_config(None, ["output.start=centroids", "groups.features=tfidf"])
-    config, _ = with_vectors(tmp_path, "encoder.expansion=16")
-    with pytest.raises(ConfigError, match=r"reads up to 48; set output.tail_features"):
-        check_run(config)
-    config.output.tail_features = [0, WIDTH]
+    config, vectors = with_vectors(tmp_path)
     check_run(config)
+    np.save(Path(config.data.prepared) / VECTORS_FILE, vectors[:, :30], allow_pickle=False)
+    with pytest.raises(DataError, match=r"is \(101, 30\), not \(101, 32\); run haste prepare again"):
+        check_run(config)
     (Path(config.data.prepared) / VECTORS_FILE).unlink()
     with pytest.raises(DataError, match=r"run haste prepare again with output.start=centroids"):
         check_run(config)
