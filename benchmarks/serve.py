@@ -51,6 +51,7 @@ def main() -> None:
         shutil.copytree(args.run, run)
         twin(run)
     port, token = free_port(), secrets.token_urlsafe(32)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the service ends, too
     server = subprocess.Popen(
         [sys.executable, "-m", "haste_launch.cli", "serve", str(run), f"serve.port={port}", "serve.reload=1", *args.overrides],
         env={**os.environ, "HASTE_SERVE_TOKEN": token},
