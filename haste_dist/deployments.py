@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from haste_dist.config import Config
 from haste_dist.gate import App
-from haste_dist.live_model import Current, Found, LabelPart, LiveModel, merged
+from haste_dist.live_model import Current, Found, LabelPart, LiveModel, asked_for, merged
 from haste_dist.service import build_service
 from haste_dist.use_config import ServeConfig
 
@@ -83,7 +83,7 @@ class Model:
     async def answer_batch(self, items: list[Item]) -> list[dict[str, Any]]:
         async with self.one_at_a_time:
             model = self.live.current
-            found = await self._find(model, [text for texts, _, _ in items for text in texts], max(k for _, k, _ in items))
+            found = await self._find(model, [text for texts, _, _ in items for text in texts], asked_for(max(k for _, k, _ in items)))
         counts = [(len(texts), k, neighbours) for texts, k, neighbours in items]
         answers = self.live.answers(model, found, counts)
         version, step, batch = model.files.version, model.step, texts_of(items)

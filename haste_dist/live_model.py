@@ -82,6 +82,7 @@ class LiveModel:
         files = ModelFiles(self.folder, version)
         loaded = Current(files, files.embedder(self.device), files.labels(self.device, 0, self.parts))
         files.names, files.calibration  # noqa: B018  read now, not in a request
+        self.topk(loaded, self.embed(loaded, ["first"]), asked_for(1))  # kernels are compiled now, and what cannot run does not take over
         return loaded
 
     async def follow(self, run: Callable[..., Awaitable[Any]], hold: Callable[[list[str]], Awaitable[Any]]) -> bool:
@@ -139,6 +140,11 @@ class LiveModel:
             )
             at += texts
         return done
+
+
+def asked_for(k: int) -> int:
+    """How many labels to look for where ``k`` are wanted: one of few numbers, since GPU kernels are compiled for each."""
+    return max(8, 1 << (k - 1).bit_length())
 
 
 def merged(found: Sequence[Found], k: int) -> Found:

@@ -13,7 +13,7 @@ from tiny import make_prepared
 from haste_dist.checkpoint import complete, point, step_of
 from haste_dist.config import Config
 from haste_dist.export import export
-from haste_dist.live_model import LabelPart, LiveModel, merged
+from haste_dist.live_model import LabelPart, LiveModel, asked_for, merged
 from haste_dist.predictor import Predictor
 from haste_dist.train import train
 from haste_dist.world import join_world
@@ -136,6 +136,10 @@ def test_answers_go_to_those_who_asked(run: Path) -> None:
         assert one["group"] == group
         assert one["neighbours"] == ([] if group is None else model.files.names.of(order.neighbours(one["label"])[:3]))
     assert {len(one["neighbours"]) for one in first} == {0}
+
+
+def test_few_numbers_of_labels_are_looked_for() -> None:
+    assert [asked_for(k) for k in (1, 5, 8, 9, 100, 1000)] == [8, 8, 8, 16, 128, 1024]
 
 
 def test_an_exported_model_has_one_version(run: Path, tmp_path: Path) -> None:
