@@ -11,7 +11,7 @@ A part is written in one step. The next start with the same settings reads the i
 
 import json
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def predict_folder(job: Job, rankers: int, on_gpu: bool, threads: int) -> Genera
         parts = inputs.map_batches(partial(read_task, job=job), num_cpus=0, **each)
         tokens = parts.map_batches(partial(tokens_task, job=job), num_cpus=1, **each)
         resources: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": 0}
-        about = {"job": job, "device": "cuda" if on_gpu else "cpu", "threads": threads}
+        about = {"job": replace(job, rules=""), "device": "cuda" if on_gpu else "cpu", "threads": threads}
         ranked = tokens.map_batches(Ranker, fn_constructor_kwargs=about, concurrency=rankers, **resources, **each)
         written = ranked.map_batches(partial(write_task, job=job), num_cpus=1, **each)
         texts = 0
