@@ -169,6 +169,7 @@ class Bench:
         row |= self._figures(times, parts, peak, point, config)
         row |= {"start_gib": started / GIB, "state_gib": _most(classifier.bytes(), world) / GIB}
         row |= {"loss_first": _finite(first), "loss_last": _finite(last)}
+        row["encoder_only_ms"] = self._encoder_only(batches, effort)
         row["topk_ms"] = _clock(lambda: predict_batch(self.engine, classifier, batches[0], world, TOPK), world, TOPK_CALLS)
         fits = device.type != "cuda" or plan.peak <= room(gib)
         if config.rewire.interval and fits:
@@ -198,6 +199,24 @@ class Bench:
             pinned = {name: getattr(made, name).pin_memory() for name in ("input_ids", "attention_mask", "label_rows")}
             made = dataclasses.replace(made, **pinned)
         return made
+
+    def _encoder_only(self, batches: list[Batch], effort: Effort) -> float:
+        """Median milliseconds of a step of the encoder alone, as if its gradient were given: what a user waits for without any labels."""
+        made = itertools.count()
+
+        def step() -> None:
+            batch = batches[next(made) % BATCHES]
+            ids, mask = (t.to(self.world.device, non_blocking=True) for t in (batch.input_ids, batch.attention_mask))
+            x_BD = self.engine.forward(ids, mask)
+            self.engine.backward(x_BD, dx_BD)
+            self.engine.step(0.0)  # all of its work, but the weights stay
+
+        rows = len(batches[0].input_ids)
+        dx_BD = torch.randn(rows, self.encoder.width, device=self.world.device) / rows
+        for _ in range(effort.warmup):
+            step()
+        _settle(self.world)
+        return _reduce(np.array([np.median(_time_steps(step, effort.steps, self.world))]), self.world)[0]
 
     def _time_parts(self, step: Callable[[], Any], count: int) -> list[dict[str, float]]:
         watch = [StageTimes(self.world.device) for _ in range(count)]

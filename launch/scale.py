@@ -158,11 +158,11 @@ def _measure(config: Config, points: list[Point], law: LabelLaw, words: Words, c
 
 
 def _table(rows: list[Row]) -> Table:
-    title = "median ms of a step and of its parts, memory of the fullest rank"
+    title = "median ms of a step, of its parts and of the encoder alone; memory of the fullest rank"
     made = Table(title=title, title_style="", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     parts = ("forward", "head", "tail", "backward", "optimizer")
     short_parts = ("forward", "head", "tail", "backw.", "optim.", "exch.")
-    for name in ("device", "L", "W", "N", "F", "G", "step", "p20", "p80", *short_parts, "texts/s", "GiB", "planned"):
+    for name in ("device", "L", "W", "N", "F", "G", "step", "p20", "p80", *short_parts, "alone", "MFU", "texts/s", "GiB", "planned"):
         made.add_column(name, justify="left" if name == "device" else "right", no_wrap=True)
     for row in rows:
         cells = [row["device"].removeprefix("NVIDIA ")[:8], *(short(row[name]) for name in ("labels", "ranks", "batch", "fan_in", "group"))]
@@ -171,8 +171,9 @@ def _table(rows: list[Row]) -> Table:
         else:
             exchange = sum(row[f"{part}_p50_ms"] or 0.0 for part in ("gather", "scatter"))
             figures = [row["p50_ms"], row["p20_ms"], row["p80_ms"], *(row[f"{part}_p50_ms"] or 0.0 for part in parts), exchange]
+            figures.append(row["encoder_only_ms"] or 0.0)
             cells += [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in figures]
-            cells += [f"{row['samples_per_s']:,.0f}", f"{row['peak_gib']:.3g}", f"{row['planned_gib']:.3g}"]
+            cells += ["" if row["encoder_mfu"] is None else f"{row['encoder_mfu']:.0%}", f"{row['samples_per_s']:,.0f}", f"{row['peak_gib']:.3g}", f"{row['planned_gib']:.3g}"]
         made.add_row(*cells)
     return made
 

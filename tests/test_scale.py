@@ -196,6 +196,7 @@ def test_points_are_measured_on_the_real_step(tmp_path: Path) -> None:
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert all(row[f"{part}_p50_ms"] > 0 for part in ("forward", "head", "tail", "backward", "optimizer", "gather", "scatter"))
         assert row["peak_gib"] > row["state_gib"] > 0
+        assert row["encoder_only_ms"] > 0
         assert row["encoder_mfu"] is None  # nobody knows a CPU's rate
     # The same batches, weights and features on any number of ranks: so the same losses.
     assert math.isclose(first["loss_first"], second["loss_first"], rel_tol=1e-5)

@@ -54,3 +54,28 @@ def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     torch.cuda.set_sync_debug_mode("default")
     assert loss is None
     guard.settle()
+
+
+def test_nothing_grows_with_steps(tmp_path: Path) -> None:
+    """Two thousand steps of the real loop's step, batches of every length: what lives on the GPU and on the host stays what it was."""
+    config = make_prepared(tmp_path, overrides=["launch.device=cuda", "output.tail_dropout=0.2", "output.fan_in=16"])
+    world, prepared = join_world("cuda"), open_prepared(config)
+    encoder = make_encoder(config, prepared.manifest)
+    engine, classifier = EncoderEngine(encoder, config.encoder, world), make_classifier(config, prepared.order, encoder.width, world)
+    texts = open_texts(prepared.folder, prepared.manifest, "train", 0.0, 0)
+    maker = BatchMaker(texts, prepared.order.row_of_label, prepared.manifest.splits["train"].max_labels, 0, 1, 0, pin=True)
+    batches = [maker.make(np.arange(13 * i, 13 * i + 13)) for i in range(8)]
+    guard, seen = Guard(tmp_path, world), []
+    for step in range(2001):
+        if step % 400 == 0:
+            guard.settle()
+            torch.cuda.synchronize()
+            host = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+            seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), host))
+            torch.cuda.reset_peak_memory_stats()
+        train_step(engine, classifier, batches[step % 8], world, lr_encoder=1e-4, lr_output=0.1, step=step, seed=0, guard=guard)
+    print("allocated, reserved, host:", seen)
+    device = [allocated for allocated, _, _ in seen[1:]]
+    assert max(device) - min(device) <= 1 << 16
+    assert len({reserved for _, reserved, _ in seen[1:]}) == 1
+    assert seen[-1][2] - seen[1][2] <= 16 << 20
