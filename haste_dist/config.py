@@ -97,6 +97,9 @@ class EncoderConfig:
     zero: int = setting(0, "DeepSpeed ZeRO stage", low=0, high=2)
     attention: str = setting("sdpa", "attention kernels: torch's, or those of the flash-attn package", choices=("sdpa", "flash"))
     checkpointing: bool = setting(False, "make activations again in the backward pass: less memory, a third more work")
+    graphs: bool = setting(
+        True, "GPU: replay the passes of small batches as CUDA graphs (BERT-like models; not with compile or checkpointing)"
+    )
     compile: bool = setting(False, "compile the encoder with torch.compile: minutes at the start, and again at new kinds of batches")
     lora_rank: int = setting(
         0, "train adapters of this rank in all linear layers instead of the weights (0: no; needs peft)", low=0, high=1024

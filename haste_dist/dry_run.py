@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from haste_dist.config import EncoderConfig
 from haste_dist.encoder import build_encoder
+from haste_dist.graphs import can_replay
 from haste_dist.live_bytes import LiveBytes
 from haste_dist.meters import EncoderWork, encoder_work
 
@@ -37,6 +38,7 @@ class EncoderNeeds:
     work: EncoderWork
     rows: int  # B
     weight_bytes: int  # of one weight
+    replays: bool  # its passes, as CUDA graphs on a GPU
 
     def of_rows(self, rows: int) -> "EncoderNeeds":
         """With another batch: what lives grows with it, but the gradients are there in the end."""
@@ -68,10 +70,10 @@ def _dry_run(key: tuple[Any, ...], vocabulary: int, pad_id: int, rows: int, toke
                 live.restart()
                 x_BD.backward(torch.ones_like(x_BD))
                 backward = live.peak - base
-    work = encoder_work(encoder)
+    work, replays = encoder_work(encoder), can_replay(config, encoder) and not config.frozen
     total = sum(p.numel() for p in encoder.parameters())
     trained = [p.numel() for p in encoder.parameters() if p.requires_grad]
-    return EncoderNeeds(total, sum(trained), encoder.width, forward, kept, backward, scoring, work, rows, dtype.itemsize)
+    return EncoderNeeds(total, sum(trained), encoder.width, forward, kept, backward, scoring, work, rows, dtype.itemsize, replays)
 
 
 def dry_run(config: EncoderConfig, vocabulary: int, pad_id: int, rows: int, tokens: int, dtype: torch.dtype) -> EncoderNeeds:

@@ -17,6 +17,7 @@ from haste_dist.config import EncoderConfig
 from haste_dist.encoder import Encoder
 from haste_dist.errors import CheckpointError
 from haste_dist.flat import ClippedAdamW, FlatModule
+from haste_dist.graphs import GraphedModule, can_replay
 from haste_dist.meters import stage
 from haste_dist.world import World
 
@@ -40,7 +41,8 @@ class EncoderEngine:
         if config.frozen:
             self.module.to(self.dtype).requires_grad_(False)
             return
-        self._flat = FlatModule(encoder)
+        replays = world.device.type == "cuda" and can_replay(config, encoder)
+        self._flat = GraphedModule(encoder) if replays else FlatModule(encoder)
         # At stage 0 DeepSpeed would step bfloat16 parameters without a float32 copy; stage 1 has one, and the update is the same.
         zero = max(config.zero, int(self.dtype == torch.bfloat16))
         self._engine, self._adamw = _deepspeed_engine(self._flat, config, self.dtype, zero)
@@ -84,6 +86,10 @@ class EncoderEngine:
             group["lr"] = lr
         self._engine.step()
         return self._adamw.norm
+
+    def held_bytes(self) -> int:
+        """What this engine holds on the GPU that no allocator counts as in use."""
+        return self._flat.held_bytes() if self._engine is not None and isinstance(self._flat, GraphedModule) else 0
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Float32 weights and optimizer state, whole and on the CPU, by name; the same on each rank and at any ZeRO stage.

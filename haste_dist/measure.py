@@ -165,6 +165,7 @@ class Bench:
         times = _time_steps(step, effort.steps, world)
         parts = self._time_parts(step, max(3, effort.steps // 2))
         peak = _peak(step, device, [*self.encoder.parameters(), *(t for t, _ in classifier.tensors().values())])
+        peak += self.engine.held_bytes()
         last = step(want_loss=True)
         row |= self._figures(times, parts, peak, point, config)
         row |= {"start_gib": started / GIB, "state_gib": _most(classifier.bytes(), world) / GIB}

@@ -15,6 +15,7 @@ import torch
 from haste_dist.classifier import INT16_WIDTH, feature_slice
 from haste_dist.config import Config
 from haste_dist.dry_run import EncoderNeeds, dry_run
+from haste_dist.graphs import MOST_TOKENS
 from haste_dist.label_groups import head_size
 from haste_dist.sharding import label_shard
 
@@ -104,10 +105,14 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     }  # fmt: skip
     work = max(_head_workspace(cuda, n, h, head_width, weight, x_bytes), _tail_workspace(config, cuda, n, t, tail_width, weight, x_bytes))
     joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
+    forward, kept, backward = needs.forward, needs.kept, needs.backward
+    if cuda and needs.replays and b * s <= MOST_TOKENS:  # recorded passes keep their activations' memory, and a gradient
+        held["recorded passes"] = max(needs.forward, needs.backward) + 2 * joined
+        forward = kept = backward = 0
     phases = {
-        "encoder forward": {"activations": needs.forward, "batch": batch["batch"]},
-        "output layer": {**batch, **masked, "activations": needs.kept, "kernel workspace": work + 32 * n * facts.most_labels},
-        "encoder backward": {**batch, "activations": needs.backward, "flat gradient": joined},
+        "encoder forward": {"activations": forward, "batch": batch["batch"]},
+        "output layer": {**batch, **masked, "activations": kept, "kernel workspace": work + 32 * n * facts.most_labels},
+        "encoder backward": {**batch, "activations": backward, "flat gradient": joined},
         "optimizer": {**batch, "gradients": gradients, "update": stepping},
         "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size),
         "making the initial weights": {"random numbers": min(1 << 28, 16 * weights) + min(PLAIN_BYTES[facts.device], 64 * t * tail_width)},

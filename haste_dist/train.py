@@ -248,5 +248,6 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
                 )
         vote.close()
         saver.wait()
-        log.event("end", step=state.step, reason=reason, best=state.best, best_step=state.best_step, **peak_memory(world.device))
+        memory = peak_memory(world.device, engine.held_bytes())
+        log.event("end", step=state.step, reason=reason, best=state.best, best_step=state.best_step, **memory)
     return Outcome(reason, state.step, state.best, state.best_step)

@@ -173,7 +173,8 @@ def _table(rows: list[Row]) -> Table:
             figures = [row["p50_ms"], row["p20_ms"], row["p80_ms"], *(row[f"{part}_p50_ms"] or 0.0 for part in parts), exchange]
             figures.append(row["encoder_only_ms"] or 0.0)
             cells += [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in figures]
-            cells += ["" if row["encoder_mfu"] is None else f"{row['encoder_mfu']:.0%}", f"{row['samples_per_s']:,.0f}", f"{row['peak_gib']:.3g}", f"{row['planned_gib']:.3g}"]
+            cells.append("" if row["encoder_mfu"] is None else f"{row['encoder_mfu']:.0%}")
+            cells += [f"{row['samples_per_s']:,.0f}", f"{row['peak_gib']:.3g}", f"{row['planned_gib']:.3g}"]
         made.add_row(*cells)
     return made
 

@@ -27,7 +27,9 @@ def refuse(*_: object) -> None:
     raise AssertionError("a step waits for the GPU")
 
 
-@pytest.mark.parametrize("words", [("encoder.zero=0",), ("encoder.zero=2", "encoder.clip=0"), ("encoder.precision=float32",)], ids=str)
+@pytest.mark.parametrize(
+    "words", [("encoder.zero=0",), ("encoder.zero=2", "encoder.clip=0"), ("encoder.precision=float32",), ("encoder.graphs=false",)], ids=str
+)
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], kernels: str) -> None:
     """Two steps an update and two passes a step; the loss too, for reading it is the caller's."""
@@ -40,8 +42,8 @@ def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     maker = BatchMaker(texts, prepared.order.row_of_label, prepared.manifest.splits["train"].max_labels, 0, 1, 0, pin=True)
     batches = [maker.make(np.arange(13 * i, 13 * i + 13)) for i in range(8)]
     guard = Guard(tmp_path, world)
-    for step, batch in enumerate(batches):
-        if step == 4:  # all is compiled, allocated and set up
+    for step, batch in enumerate(3 * batches):
+        if step == 16:  # all is compiled, allocated, recorded and set up
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
             monkeypatch.setattr(torch.cuda, "synchronize", refuse)  # which that mode does not see

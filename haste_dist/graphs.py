@@ -1,0 +1,126 @@
+"""An encoder's passes as CUDA graphs: two launches a step in place of several hundred.
+
+A small encoder's step is bound by the host, which launches kernels of a few microseconds one by one. Its passes are recorded once for each
+shape of batch, padded so that there are few, and replayed from then on: the same kernels on the same numbers, dropout too, whose masks
+follow from the seed that is set before each pass. The first batch of a shape runs as ever, so that rare shapes are never recorded.
+
+Letters: B padded rows of this rank, S tokens, D width, P numbers in the flat parameter.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from haste_dist.config import EncoderConfig
+from haste_dist.encoder import Encoder
+from haste_dist.flat import FlatModule
+
+MOST_TOKENS = 2**14  # B * S: larger batches keep the GPU busy as they are, and their activations would be held for good
+
+
+def can_replay(config: EncoderConfig, encoder: nn.Module) -> bool:
+    """Whether this encoder's passes never ask the GPU for a number, nor for its random state, which recording does not allow."""
+    return config.graphs and not config.compile and not config.checkpointing and bool(getattr(encoder, "whole_mask", False))
+
+
+def padded_length(tokens: int, longest: int) -> int:
+    """S that batches of ``tokens`` tokens are padded to: multiples of 8, of 32 above 128, or the ``longest`` there is."""
+    step = 8 if tokens <= 128 else 32
+    return min(-(-tokens // step) * step, max(tokens, longest))
+
+
+@dataclass
+class Recorded:
+    """Both passes of one shape, and the tensors that they read and write."""
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    ids_BS: Tensor
+    mask_BS: Tensor
+    x_BD: Tensor
+    dx_BD: Tensor
+
+
+class GraphedModule(FlatModule):
+    """A FlatModule on a GPU whose ``forward(input_ids (B, S), attention_mask (B, S))`` replays what it recorded.
+
+    A forward pass with a graph must be followed by its backward pass before the next one: all shapes share their activations' memory.
+    """
+
+    def __init__(self, module: Encoder):
+        super().__init__(module)
+        config: Any = module.model.config
+        self._longest, self._pad_id = getattr(config, "max_position_embeddings", 0), config.pad_token_id or 0
+        self._recorded: dict[tuple[int, int, int], Recorded | None] = {}
+        self._pool: Any = None
+        self._gradient_P: Tensor | None = None
+        self.replays = 0
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
+        rows, tokens = input_ids.shape
+        length = padded_length(tokens, self._longest)
+        if not (torch.is_grad_enabled() and self.module.training and rows * length <= MOST_TOKENS):
+            return super().forward(input_ids, attention_mask)
+        shape = (rows, length, self.flat.data_ptr())  # recorded kernels know the weights by their address
+        if shape not in self._recorded:
+            self._recorded[shape] = None
+            padding = (0, length - tokens)
+            return super().forward(F.pad(input_ids, padding, value=self._pad_id), F.pad(attention_mask, padding))
+        one = self._recorded[shape] = self._recorded[shape] or self._record(rows, length)
+        one.ids_BS[:, :tokens].copy_(input_ids)
+        one.mask_BS[:, :tokens].copy_(attention_mask)
+        if tokens < length:
+            one.ids_BS[:, tokens:] = self._pad_id
+            one.mask_BS[:, tokens:] = 0
+        return _Replay.apply(self.flat, self, one)
+
+    def held_bytes(self) -> int:
+        """What recorded passes hold: their activations, taken by no other work, and a gradient."""
+        if self._gradient_P is None:
+            return 0
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool)) + self._gradient_P.nbytes
+
+    def gradient(self) -> Tensor:
+        """(P,) of the backward pass replayed last, in memory of its own: gradients of further batches may be added to it."""
+        assert self._gradient_P is not None
+        return self._gradient_P.clone()
+
+    def _record(self, rows: int, length: int) -> Recorded:
+        """Records both passes; leaves the random state as it was. Other threads may use the GPU meanwhile."""
+        device = self.flat.device
+        if self._gradient_P is None:
+            self._pool, self._gradient_P = torch.cuda.graph_pool_handle(), torch.empty_like(self.flat)
+        ids_BS = torch.zeros(rows, length, dtype=torch.int64, device=device)
+        mask_BS = torch.ones_like(ids_BS)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        how: Any = {"pool": self._pool, "capture_error_mode": "thread_local"}
+        with torch.random.fork_rng(devices=[device]):
+            with torch.cuda.graph(forward, **how):
+                x_BD = super().forward(ids_BS, mask_BS)
+            dx_BD = torch.zeros_like(x_BD)
+            with torch.cuda.graph(backward, **how):
+                [gradient_P] = torch.autograd.grad(x_BD, [self.flat], dx_BD)
+                self._gradient_P.copy_(gradient_P)
+        return Recorded(forward, backward, ids_BS, mask_BS, x_BD.detach(), dx_BD)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flat_P: Tensor, module: GraphedModule, one: Recorded) -> Tensor:  # type: ignore[override]
+        one.forward.replay()
+        module.replays += 1
+        ctx.module, ctx.one, ctx.number = module, one, module.replays
+        return one.x_BD.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx_BD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        if ctx.number != ctx.module.replays:
+            raise RuntimeError("a later forward pass has taken the memory of this one's activations")
+        ctx.one.dx_BD.copy_(dx_BD)
+        ctx.one.backward.replay()
+        return ctx.module.gradient(), None, None

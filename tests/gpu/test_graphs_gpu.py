@@ -1,0 +1,75 @@
+"""Recorded passes give what passes that are launched kernel by kernel give.
+
+Run on a GPU host: python -m pytest tests/gpu
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_prepared
+
+from haste_dist.engine import EncoderEngine
+from haste_dist.graphs import GraphedModule
+from haste_dist.loader import Batch, BatchMaker, open_texts
+from haste_dist.model import make_classifier, make_encoder, open_prepared
+from haste_dist.step import train_step
+from haste_dist.world import join_world
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("words", [(), ("encoder.precision=float32",), ("encoder.zero=2",), ("encoder.lora_rank=4",)], ids=str)
+@pytest.mark.parametrize(("passes", "accumulation"), [(1, 1), (1, 2), (2, 1)])
+def test_replayed_passes_train_as_launched_ones(tmp_path: Path, words: tuple[str, ...], passes: int, accumulation: int) -> None:
+    """With dropout, on batches of several lengths and two sizes; padding and the first, launched pass of a shape are among them."""
+    if "encoder.lora_rank=4" in words:
+        pytest.importorskip("peft")
+    more = ["launch.device=cuda", "encoder.dropout=0.2", "output.deterministic=true", "output.fan_in=16", "encoder.layers=2", *words]
+    config, world = make_prepared(tmp_path, overrides=more), join_world("cuda")
+    prepared = open_prepared(config)
+    texts = open_texts(prepared.folder, prepared.manifest, "train", 0.0, 0)
+    maker = BatchMaker(texts, prepared.order.row_of_label, prepared.manifest.splits["train"].max_labels, 0, 1, 0, pin=True)
+    order = np.argsort(texts.lengths(), kind="stable")
+    batches = [maker.make(order[13 * i : 13 * i + (12 if i % 5 == 0 else 13)]) for i in range(14)]
+    assert len({batch.input_ids.shape[1] for batch in batches}) > 2
+    losses, states = [], []
+    for graphs in (False, True):
+        config.encoder.graphs = graphs
+        encoder = make_encoder(config, prepared.manifest)
+        engine, classifier = EncoderEngine(encoder, config.encoder, world), make_classifier(config, prepared.order, encoder.width, world)
+        module = engine._flat
+        assert isinstance(module, GraphedModule) == graphs
+        losses.append([])
+        for step, batch in enumerate(3 * batches):
+            batch = padded(batch) if not graphs else batch
+            how = {"passes": passes, "accumulation": accumulation, "want_loss": True}
+            loss = train_step(engine, classifier, batch, world, lr_encoder=1e-3, lr_output=0.1, step=step, seed=0, **how)
+            losses[-1].append(loss.item())
+        states.append(engine.state()[0])
+        if isinstance(module, GraphedModule):
+            assert module.replays >= 2 * len(batches)
+            assert engine.held_bytes() > 0
+    print("largest difference of a weight:", max((states[0][name] - states[1][name]).abs().max().item() for name in states[0]))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5 if "encoder.precision=float32" in words else 2e-3)
+
+
+def padded(batch: Batch) -> Batch:
+    """As recorded passes pad it: dropout masks are drawn for all of a shape."""
+    missing = min(-batch.input_ids.shape[1] % 8, 16 - batch.input_ids.shape[1])
+    pad = torch.nn.functional.pad
+    ids, mask = pad(batch.input_ids, (0, missing)), pad(batch.attention_mask, (0, missing))
+    return Batch(ids, mask, batch.label_rows, batch.texts, batch.rows)
+
+
+def test_a_backward_pass_that_comes_too_late_is_refused(tmp_path: Path) -> None:
+    config, world = make_prepared(tmp_path, overrides=["launch.device=cuda"]), join_world("cuda")
+    engine = EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world)
+    ids = torch.randint(2, 9, (4, 5), device="cuda")
+    passes = [engine.forward(ids, torch.ones_like(ids)) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="a later forward pass"):
+        engine.backward(passes[1], torch.ones_like(passes[1]))
