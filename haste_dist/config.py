@@ -100,7 +100,7 @@ class EncoderConfig:
     graphs: bool = setting(
         True, "GPU: replay the passes of small batches as CUDA graphs (BERT-like models; not with compile or checkpointing)"
     )
-    compile: bool = setting(False, "compile the encoder with torch.compile: minutes at the start, and again at new kinds of batches")
+    compile: bool = setting(False, "torch.compile of the encoder's blocks: faster where they are large, half a minute at the start")
     lora_rank: int = setting(
         0, "train adapters of this rank in all linear layers instead of the weights (0: no; needs peft)", low=0, high=1024
     )

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from haste_dist.config import EncoderConfig
-from haste_dist.encoder import Encoder
+from haste_dist.encoder import Encoder, compile_blocks
 from haste_dist.errors import CheckpointError
 from haste_dist.flat import ClippedAdamW, FlatModule
 from haste_dist.graphs import GraphedModule, can_replay
@@ -35,7 +35,7 @@ class EncoderEngine:
         # All of it: transformers hands pretrained models out in eval mode, and ``forward`` looks at the outermost flag alone.
         self.module = encoder.to(world.device).train()
         if config.compile:
-            encoder.compile(dynamic=True)
+            compile_blocks(encoder)
         self.width = encoder.width
         self._engine = None
         if config.frozen:

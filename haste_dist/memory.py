@@ -105,13 +105,13 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     }  # fmt: skip
     work = max(_head_workspace(cuda, n, h, head_width, weight, x_bytes), _tail_workspace(config, cuda, n, t, tail_width, weight, x_bytes))
     joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
-    forward, kept, backward = needs.forward, needs.kept, needs.backward
+    forward, between, backward = needs.forward, needs.kept, needs.backward
     if cuda and needs.replays and b * s <= MOST_TOKENS:  # recorded passes keep their activations' memory, and a gradient
         held["recorded passes"] = max(needs.forward, needs.backward) + 2 * joined
-        forward = kept = backward = 0
+        forward = between = backward = 0
     phases = {
         "encoder forward": {"activations": forward, "batch": batch["batch"]},
-        "output layer": {**batch, **masked, "activations": kept, "kernel workspace": work + 32 * n * facts.most_labels},
+        "output layer": {**batch, **masked, "activations": between, "kernel workspace": work + 32 * n * facts.most_labels},
         "encoder backward": {**batch, "activations": backward, "flat gradient": joined},
         "optimizer": {**batch, "gradients": gradients, "update": stepping},
         "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size),

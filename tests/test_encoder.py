@@ -13,8 +13,9 @@ from tiny import make_prepared, read_losses, run_ranks
 from transformers import AutoConfig, AutoModel
 
 from haste_dist.config import Config, EncoderConfig, load_config
-from haste_dist.encoder import WHOLE_MASK, Encoder, build_encoder
+from haste_dist.encoder import WHOLE_MASK, Encoder, build_encoder, compile_blocks
 from haste_dist.errors import ConfigError
+from haste_dist.flat import FlatModule
 from haste_dist.train import train
 from haste_dist.world import World, join_world
 
@@ -38,6 +39,23 @@ def test_checkpointing_and_compiling_change_no_loss(tmp_path: Path, monkeypatch:
     train_all(join_world("cpu"), [plain, checkpointed, compiled, reference])
     assert read_losses(checkpointed.run.folder) == read_losses(plain.run.folder)
     np.testing.assert_allclose(read_losses(compiled.run.folder), read_losses(reference.run.folder), rtol=1e-5)
+
+
+def test_blocks_of_one_kind_are_compiled_once() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, config = CompileCounterWithBackend("aot_eager"), EncoderConfig(width=32, heads=2, layers=4, dropout=0.1)
+    torch._dynamo.reset()
+    encoder = build_encoder(config, 100, 0, 32).train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+        compile_blocks(encoder)
+    flat = FlatModule(encoder)
+    for tokens in (8, 16, 24, 32, 8):
+        ids = torch.randint(5, 99, (3, tokens))
+        flat(ids, torch.ones_like(ids)).sum().backward()
+    assert counter.frame_count == 2  # the first shape, then all others
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def tiny_model(family: str) -> torch.nn.Module:

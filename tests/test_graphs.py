@@ -1,0 +1,51 @@
+"""Which passes are recorded, and how batches are padded for it; tests/gpu/test_graphs_gpu.py records and replays them."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import make_prepared
+
+from haste_dist.config import EncoderConfig
+from haste_dist.graphs import MOST_TOKENS, can_replay, padded_length
+from haste_dist.memory import Facts, memory_plan
+from haste_dist.model import make_encoder, open_prepared
+
+
+@given(st.integers(1, 600), st.integers(0, 600))
+def test_batches_are_padded_to_few_lengths_that_the_encoder_has(tokens: int, longest: int) -> None:
+    length = padded_length(tokens, longest)
+    assert tokens <= length <= max(tokens, longest)
+    assert length - tokens < (8 if tokens <= 128 else 32)
+
+
+def test_few_lengths() -> None:
+    assert len({padded_length(tokens, 512) for tokens in range(1, 513)}) == 16 + 12
+
+
+@pytest.mark.parametrize(
+    ("words", "replays"),
+    [([], True), (["encoder.graphs=false"], False), (["encoder.compile=true"], False), (["encoder.checkpointing=true"], False)],
+)
+def test_what_may_not_be_recorded_is_not(tmp_path: Path, words: list[str], replays: bool) -> None:
+    config = make_prepared(tmp_path, overrides=words)
+    assert can_replay(config.encoder, make_encoder(config, open_prepared(config).manifest)) == replays
+
+
+def test_a_model_that_asks_the_gpu_is_not_recorded() -> None:
+    class Other:
+        whole_mask = False
+
+    assert not can_replay(EncoderConfig(), Other())
+
+
+def test_recorded_passes_are_planned_for(tmp_path: Path) -> None:
+    """On a GPU they hold their activations for good, so no phase has its own; a larger batch is not recorded."""
+    small, large = (make_prepared(tmp_path / str(n), overrides=["data.max_length=16", f"train.batch_size={n}"]) for n in (64, MOST_TOKENS))
+    held = memory_plan(small, Facts(101, 3, 202)).held["recorded passes"]
+    off = memory_plan(make_prepared(tmp_path / "off", overrides=["train.batch_size=64", "encoder.graphs=false"]), Facts(101, 3, 202))
+    assert "recorded passes" not in {**off.held, **memory_plan(large, Facts(101, 3, 202)).held}
+    assert "recorded passes" not in memory_plan(small, Facts(101, 3, 202, device="cpu")).held
+    assert held >= off.phases["encoder backward"]["activations"] > 0
+    assert memory_plan(small, Facts(101, 3, 202)).phases["encoder backward"]["activations"] == 0
