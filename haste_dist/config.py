@@ -95,7 +95,11 @@ class EncoderConfig:
     clip: float = setting(1.0, "gradient norm is clipped to this (0: never)", low=0.0)
     precision: str = setting("auto", "auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16"))
     zero: int = setting(0, "DeepSpeed ZeRO stage", low=0, high=2)
-    attention: str = setting("sdpa", "attention kernels: torch's, or those of the flash-attn package", choices=("sdpa", "flash"))
+    attention: str = setting(
+        "sdpa",
+        "attention kernels: torch's, torch's by way of cuDNN where it can (which plans for each shape), or those of the flash-attn package",
+        choices=("sdpa", "cudnn", "flash"),
+    )
     checkpointing: bool = setting(False, "make activations again in the backward pass: less memory, a third more work")
     graphs: bool = setting(
         True, "GPU: replay the passes of small batches as CUDA graphs (BERT-like models; not with compile or checkpointing)"

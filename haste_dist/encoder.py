@@ -7,11 +7,13 @@ told, transformers asks on the terminal whether to run that code.
 import hashlib
 import importlib.resources
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 from transformers.utils import is_flash_attn_2_available
 
@@ -29,6 +31,7 @@ DROPOUT_FIELDS = (
     "dropout",
 )
 SCRATCH_LAYERS = 2
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Of a (B, S) mask transformers asks the GPU whether it hides anything, and the host waits for the answer in every pass. Models of these
 # families, in which every token sees all others, take the (B, 1, S, S) mask that it would make.
 WHOLE_MASK = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert", "ernie", "nomic_bert")
@@ -37,25 +40,29 @@ WHOLE_MASK = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "elec
 class Encoder(nn.Module):
     """A token model and its pooling.
 
-    ``forward(input_ids (B, S) int64, attention_mask (B, S))`` gives (B, D) in the model's dtype; ``width`` is D.
+    ``forward(input_ids (B, S) int64, attention_mask (B, S))`` gives (B, D) in the model's dtype; ``width`` is D. Where a mask would hide
+    nothing it may be None: attention is faster without.
     """
 
-    def __init__(self, model: nn.Module, pooling: str = "mean", normalize: bool = False):
+    def __init__(self, model: nn.Module, pooling: str = "mean", normalize: bool = False, cudnn: bool = False):
         super().__init__()
         self.model = model
         self.pooling = pooling
-        self.normalize = normalize
+        self.normalize, self.cudnn = normalize, cudnn
         self.width: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
         config: Any = model.config
         self.whole_mask = config.model_type in WHOLE_MASK and config._attn_implementation == "sdpa"
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         mask = attention_mask
-        if self.whole_mask:
+        if self.whole_mask and mask is not None:
             mask = mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
-        hidden_BSD = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True) if self.cudnn and self.training else nullcontext():
+            hidden_BSD = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
         if self.pooling == "cls":
             x_BD = hidden_BSD[:, 0]
+        elif attention_mask is None:
+            x_BD = hidden_BSD.mean(1)
         else:
             mask_BS1 = attention_mask.unsqueeze(-1).to(hidden_BSD.dtype)
             x_BD = (hidden_BSD * mask_BS1).sum(1) / mask_BS1.sum(1).clamp(min=1)
@@ -142,7 +149,7 @@ def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_lengt
         raise ConfigError(
             "encoder.attention=flash: the package flash-attn or a GPU for it is missing; install it or set encoder.attention=sdpa"
         )
-    attention = {"sdpa": None, "flash": "flash_attention_2"}[config.attention]  # None: SDPA, or the model's own where it has none
+    attention = "flash_attention_2" if config.attention == "flash" else None  # None: SDPA, or the model's own where it has none
     try:
         if config.name == "scratch" or not pretrained:
             model = AutoModel.from_config(made, attn_implementation=attention, trust_remote_code=False)
@@ -161,13 +168,15 @@ def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_lengt
         model.pooler = None  # pooling is ours; an unused layer would only take memory and optimizer state
     if config.checkpointing:
         model.config.use_cache = False  # of decoders; transformers would say so
+        # Its name since transformers 5.18 or so, and the one before.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         try:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable({"use_reentrant": False})
         except ValueError as error:
             raise ConfigError(f"encoder.checkpointing: '{config.name}' has none ({_first_line(error)})") from None
     if config.lora_rank:
         _add_adapters(model, config.lora_rank)
-    return Encoder(model, config.pooling, config.normalize)
+    return Encoder(model, config.pooling, config.normalize, cudnn=config.attention == "cudnn")
 
 
 def compile_blocks(encoder: Encoder) -> None:

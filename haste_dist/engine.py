@@ -41,8 +41,9 @@ class EncoderEngine:
         if config.frozen:
             self.module.to(self.dtype).requires_grad_(False)
             return
-        replays = world.device.type == "cuda" and can_replay(config, encoder)
-        self._flat = GraphedModule(encoder) if replays else FlatModule(encoder)
+        records = can_replay(config, encoder)
+        pads = world.device.type == "cuda" and (records or config.attention == "cudnn")
+        self._flat = GraphedModule(encoder, records) if pads else FlatModule(encoder)
         # At stage 0 DeepSpeed would step bfloat16 parameters without a float32 copy; stage 1 has one, and the update is the same.
         zero = max(config.zero, int(self.dtype == torch.bfloat16))
         self._engine, self._adamw = _deepspeed_engine(self._flat, config, self.dtype, zero)
@@ -52,8 +53,9 @@ class EncoderEngine:
         return self._engine is not None
 
     @stage("forward")
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, graph: bool = True) -> Tensor:
-        """(B, S) tokens to (B, D) embeddings with dropout; ``graph``: ``backward`` follows. A frozen encoder only embeds."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, graph: bool = True) -> Tensor:
+        """(B, S) tokens to (B, D) embeddings with dropout; ``graph``: ``backward`` follows. A frozen encoder only embeds. The mask is
+        None where it would hide nothing."""
         if self._engine is None:
             return self.embed(input_ids, attention_mask)
         if not self.module.training:  # asked first: setting it visits every module, a millisecond of the host's time
@@ -64,7 +66,7 @@ class EncoderEngine:
             return self._flat(input_ids, attention_mask)
 
     @torch.no_grad()
-    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(B, S) tokens to (B, D) embeddings without dropout or graph."""
         self.module.eval()
         return (self.module if self._engine is None else self._flat)(input_ids, attention_mask)

@@ -36,9 +36,11 @@ class FlatModule(nn.Module):
         self.module = module
         self.bind()
 
-    def bind(self) -> None:
-        """Points the module at views of ``flat`` as it is now; with grad enabled, gradients flow back through them."""
-        for view, shape, places in zip(self.flat.split(self.sizes), self.shapes, self._places, strict=True):
+    def bind(self, flat_P: Tensor | None = None) -> None:
+        """Points the module at views of ``flat`` (or of another tensor of its shape) as it is now; with grad enabled, gradients flow
+        back through them."""
+        flat_P = self.flat if flat_P is None else flat_P
+        for view, shape, places in zip(flat_P.split(self.sizes), self.shapes, self._places, strict=True):
             for part, name in places:
                 part.__dict__[name] = view.view(shape)
 

@@ -40,42 +40,48 @@ class Recorded:
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     ids_BS: Tensor
-    mask_BS: Tensor
+    mask_BS: Tensor | None
     x_BD: Tensor
     dx_BD: Tensor
 
 
 class GraphedModule(FlatModule):
-    """A FlatModule on a GPU whose ``forward(input_ids (B, S), attention_mask (B, S))`` replays what it recorded.
+    """A FlatModule on a GPU whose ``forward(input_ids (B, S), attention_mask (B, S) or None)`` pads batches, and replays small ones.
 
-    A forward pass with a graph must be followed by its backward pass before the next one: all shapes share their activations' memory.
+    A replayed forward pass must be followed by its backward pass before the next one: all shapes share their activations' memory.
     """
 
-    def __init__(self, module: Encoder):
+    def __init__(self, module: Encoder, records: bool = True):
         super().__init__(module)
         config: Any = module.model.config
         self._longest, self._pad_id = getattr(config, "max_position_embeddings", 0), config.pad_token_id or 0
-        self._recorded: dict[tuple[int, int, int], Recorded | None] = {}
+        self._records = records
+        self._recorded: dict[tuple[int, int, bool, int], Recorded | None] = {}
         self._pool: Any = None
         self._gradient_P: Tensor | None = None
         self.replays = 0
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:  # type: ignore[override]
+        if not self.module.training:
+            return super().forward(input_ids, attention_mask)
         rows, tokens = input_ids.shape
         length = padded_length(tokens, self._longest)
-        if not (torch.is_grad_enabled() and self.module.training and rows * length <= MOST_TOKENS):
+        if attention_mask is None and tokens < length:
+            attention_mask = torch.ones_like(input_ids)
+        # Recorded kernels know the weights by their address.
+        shape = (rows, length, attention_mask is None, self.flat.data_ptr())
+        if not (self._records and torch.is_grad_enabled() and rows * length <= MOST_TOKENS and shape in self._recorded):
+            self._recorded.setdefault(shape, None)
+            if attention_mask is not None and tokens < length:
+                padding = (0, length - tokens)
+                input_ids, attention_mask = F.pad(input_ids, padding, value=self._pad_id), F.pad(attention_mask, padding)
             return super().forward(input_ids, attention_mask)
-        shape = (rows, length, self.flat.data_ptr())  # recorded kernels know the weights by their address
-        if shape not in self._recorded:
-            self._recorded[shape] = None
-            padding = (0, length - tokens)
-            return super().forward(F.pad(input_ids, padding, value=self._pad_id), F.pad(attention_mask, padding))
-        one = self._recorded[shape] = self._recorded[shape] or self._record(rows, length)
-        one.ids_BS[:, :tokens].copy_(input_ids)
-        one.mask_BS[:, :tokens].copy_(attention_mask)
-        if tokens < length:
-            one.ids_BS[:, tokens:] = self._pad_id
-            one.mask_BS[:, tokens:] = 0
+        one = self._recorded[shape] = self._recorded[shape] or self._record(rows, length, attention_mask is not None)
+        for fixed, given, pad in ((one.ids_BS, input_ids, self._pad_id), (one.mask_BS, attention_mask, 0)):
+            if fixed is not None:
+                fixed[:, :tokens].copy_(given)
+                if tokens < length:
+                    fixed[:, tokens:] = pad
         return _Replay.apply(self.flat, self, one)
 
     def held_bytes(self) -> int:
@@ -89,21 +95,24 @@ class GraphedModule(FlatModule):
         assert self._gradient_P is not None
         return self._gradient_P.clone()
 
-    def _record(self, rows: int, length: int) -> Recorded:
+    def _record(self, rows: int, length: int, masked: bool) -> Recorded:
         """Records both passes; leaves the random state as it was. Other threads may use the GPU meanwhile."""
         device = self.flat.device
         if self._gradient_P is None:
             self._pool, self._gradient_P = torch.cuda.graph_pool_handle(), torch.empty_like(self.flat)
         ids_BS = torch.zeros(rows, length, dtype=torch.int64, device=device)
-        mask_BS = torch.ones_like(ids_BS)
+        mask_BS = torch.ones_like(ids_BS) if masked else None
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         how: Any = {"pool": self._pool, "capture_error_mode": "thread_local"}
+        # A leaf of its own: the parameter's gradient node belongs to the stream that DeepSpeed's hooks were made on.
+        flat_P = self.flat.detach().requires_grad_()
         with torch.random.fork_rng(devices=[device]):
             with torch.cuda.graph(forward, **how):
-                x_BD = super().forward(ids_BS, mask_BS)
+                self.bind(flat_P)
+                x_BD = self.module(ids_BS, mask_BS)
             dx_BD = torch.zeros_like(x_BD)
             with torch.cuda.graph(backward, **how):
-                [gradient_P] = torch.autograd.grad(x_BD, [self.flat], dx_BD)
+                [gradient_P] = torch.autograd.grad(x_BD, [flat_P], dx_BD)
                 self._gradient_P.copy_(gradient_P)
         return Recorded(forward, backward, ids_BS, mask_BS, x_BD.detach(), dx_BD)
 

@@ -37,6 +37,11 @@ class Batch:
     texts: np.ndarray  # (real,) positions in the split of this rank's texts
     rows: int  # N, over all ranks
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the mask hides nothing."""
+        return bool(self.attention_mask.all())
+
 
 class Texts:
     """Random access to the token ids and labels of a split (or a part of it) without copying it into memory."""

@@ -14,6 +14,8 @@ backward. So the memory is that of one pass and the update that of one large bat
 Nothing here waits for the GPU.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,9 @@ def train_step(
     gathering = start_gather(batch.label_rows.to(device, non_blocking=True), batch.rows, world)
     passes = min(passes, len(batch.input_ids))
     ids_bS = batch.input_ids.to(device, non_blocking=True).tensor_split(passes)
-    mask_bS = batch.attention_mask.to(device, non_blocking=True).tensor_split(passes)
+    mask_bS: Sequence[Tensor | None] = [None] * passes
+    if not batch.is_full:
+        mask_bS = batch.attention_mask.to(device, non_blocking=True).tensor_split(passes)
 
     def forward(i: int, graph: bool) -> Tensor:
         torch.manual_seed(dropout_seed(seed, step, world.rank, i))
@@ -86,7 +90,7 @@ def dropout_seed(seed: int, step: int, rank: int, number: int) -> int:
 def predict_batch(engine: EncoderEngine, classifier: Classifier, batch: Batch, world: World, k: int) -> tuple[Tensor, Tensor]:
     """Scores (N, K) and global label rows (N, K) of a batch, over the labels of all ranks; the same on each rank."""
     device = world.device
-    x_BD = engine.embed(batch.input_ids.to(device), batch.attention_mask.to(device))
+    x_BD = engine.embed(batch.input_ids.to(device), None if batch.is_full else batch.attention_mask.to(device))
     x_ND = gather_rows(x_BD, batch.rows, world)
     scores_NK, rows_NK = classifier.topk(x_ND, k)
     if world.size == 1:
