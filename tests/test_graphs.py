@@ -26,10 +26,15 @@ def test_few_lengths() -> None:
 
 @pytest.mark.parametrize(
     ("words", "replays"),
-    [([], True), (["encoder.graphs=false"], False), (["encoder.compile=true"], False), (["encoder.checkpointing=true"], False)],
+    [
+        (["encoder.compile=false"], True),
+        (["encoder.graphs=false"], False),
+        (["encoder.compile=true"], False),
+        (["encoder.checkpointing=true"], False),
+    ],
 )
 def test_what_may_not_be_recorded_is_not(tmp_path: Path, words: list[str], replays: bool) -> None:
-    config = make_prepared(tmp_path, overrides=words)
+    config = make_prepared(tmp_path, overrides=["encoder.graphs=true", *words])
     assert can_replay(config.encoder, make_encoder(config, open_prepared(config).manifest)) == replays
 
 
@@ -42,7 +47,7 @@ def test_a_model_that_asks_the_gpu_is_not_recorded() -> None:
 
 def test_recorded_passes_are_planned_for(tmp_path: Path) -> None:
     """On a GPU they hold their activations for good, so no phase has its own; a larger batch is not recorded."""
-    small, large = (make_prepared(tmp_path / str(n), overrides=["data.max_length=16", f"train.batch_size={n}"]) for n in (64, MOST_TOKENS))
+    small, large = (make_prepared(tmp_path / str(n), overrides=["encoder.graphs=true", f"train.batch_size={n}"]) for n in (64, MOST_TOKENS))
     held = memory_plan(small, Facts(101, 3, 202)).held["recorded passes"]
     off = memory_plan(make_prepared(tmp_path / "off", overrides=["train.batch_size=64", "encoder.graphs=false"]), Facts(101, 3, 202))
     assert "recorded passes" not in {**off.held, **memory_plan(large, Facts(101, 3, 202)).held}

@@ -67,7 +67,7 @@ def padded(batch: Batch) -> Batch:
 
 
 def test_a_backward_pass_that_comes_too_late_is_refused(tmp_path: Path) -> None:
-    config, world = make_prepared(tmp_path, overrides=["launch.device=cuda"]), join_world("cuda")
+    config, world = make_prepared(tmp_path, overrides=["launch.device=cuda", "encoder.graphs=true"]), join_world("cuda")
     engine = EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world)
     ids = torch.randint(2, 9, (4, 5), device="cuda")
     passes = [engine.forward(ids, torch.ones_like(ids)) for _ in range(3)]

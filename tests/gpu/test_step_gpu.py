@@ -34,7 +34,9 @@ def refuse(*_: object) -> None:
 def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], kernels: str) -> None:
     """Two steps an update and two passes a step; the loss too, for reading it is the caller's."""
     monkeypatch.setenv("HASTE_KERNELS", kernels)
-    config = make_prepared(tmp_path, overrides=["launch.device=cuda", "output.tail_dropout=0.2", "output.fan_in=16", *words])
+    config = make_prepared(
+        tmp_path, overrides=["launch.device=cuda", "encoder.graphs=true", "output.tail_dropout=0.2", "output.fan_in=16", *words]
+    )
     world, prepared = join_world("cuda"), open_prepared(config)
     encoder = make_encoder(config, prepared.manifest)
     engine, classifier = EncoderEngine(encoder, config.encoder, world), make_classifier(config, prepared.order, encoder.width, world)
@@ -60,7 +62,7 @@ def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_nothing_grows_with_steps(tmp_path: Path) -> None:
     """Two thousand steps of the real loop's step, batches of every length: what lives on the GPU and on the host stays what it was."""
-    config = make_prepared(tmp_path, overrides=["launch.device=cuda", "output.tail_dropout=0.2", "output.fan_in=16"])
+    config = make_prepared(tmp_path, overrides=["launch.device=cuda", "encoder.graphs=true", "output.tail_dropout=0.2", "output.fan_in=16"])
     world, prepared = join_world("cuda"), open_prepared(config)
     encoder = make_encoder(config, prepared.manifest)
     engine, classifier = EncoderEngine(encoder, config.encoder, world), make_classifier(config, prepared.order, encoder.width, world)

@@ -22,7 +22,14 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_resumed_run_goes_on_as_the_unbroken_one(tmp_path: Path, accumulation: int) -> None:
     """From pretrained weights in bfloat16, with dropout and rewiring; stops fall inside epochs, before and after an evaluation."""
-    words = ["launch.device=cuda", "encoder.dropout=0.2", "output.tail_dropout=0.1", "output.deterministic=true", "rewire.until=1"]
+    words = [
+        "launch.device=cuda",
+        "encoder.graphs=true",
+        "encoder.dropout=0.2",
+        "output.tail_dropout=0.1",
+        "output.deterministic=true",
+        "rewire.until=1",
+    ]
     unbroken = make_prepared(tmp_path, overrides=[*words, f"train.accumulation={accumulation}"])
     build_encoder(unbroken.encoder, WORDS + 2, 0).model.save_pretrained(tmp_path / "encoder")
     unbroken.encoder.name = str(tmp_path / "encoder")
