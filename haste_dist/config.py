@@ -102,7 +102,7 @@ class EncoderConfig:
     )
     checkpointing: bool = setting(False, "make activations again in the backward pass: less memory, a third more work")
     graphs: bool = setting(
-        False, "GPU: replay the passes of small batches as CUDA graphs (BERT-like models; not with compile or checkpointing)"
+        True, "GPU: replay the passes of small batches as CUDA graphs (BERT-like models; not with compile or checkpointing)"
     )
     compile: bool = setting(False, "torch.compile of the encoder's blocks: faster where they are large, half a minute at the start")
     lora_rank: int = setting(

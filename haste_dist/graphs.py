@@ -7,6 +7,7 @@ follow from the seed that is set before each pass. The first batch of a shape ru
 Letters: B padded rows of this rank, S tokens, D width, P numbers in the flat parameter.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ class Recorded:
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     ids_BS: Tensor
-    mask_BS: Tensor | None
+    mask_BS: Tensor
     x_BD: Tensor
     dx_BD: Tensor
 
@@ -56,7 +57,8 @@ class GraphedModule(FlatModule):
         config: Any = module.model.config
         self._longest, self._pad_id = getattr(config, "max_position_embeddings", 0), config.pad_token_id or 0
         self._records = records
-        self._recorded: dict[tuple[int, int, bool, int], Recorded | None] = {}
+        # Of a shape that was seen once, None.
+        self._recorded: dict[tuple[int, int, int], Recorded | None] = {}
         self._pool: Any = None
         self._gradient_P: Tensor | None = None
         self.replays = 0
@@ -66,22 +68,23 @@ class GraphedModule(FlatModule):
             return super().forward(input_ids, attention_mask)
         rows, tokens = input_ids.shape
         length = padded_length(tokens, self._longest)
-        if attention_mask is None and tokens < length:
+        small = self._records and rows * length <= MOST_TOKENS
+        if attention_mask is None and (small or tokens < length):  # one recording serves full batches and others
             attention_mask = torch.ones_like(input_ids)
-        # Recorded kernels know the weights by their address.
-        shape = (rows, length, attention_mask is None, self.flat.data_ptr())
-        if not (self._records and torch.is_grad_enabled() and rows * length <= MOST_TOKENS and shape in self._recorded):
-            self._recorded.setdefault(shape, None)
+        shape = (rows, length, self.flat.data_ptr())  # recorded kernels know the weights by their address
+        one = self._recorded.get(shape)
+        if one is None and small and torch.is_grad_enabled():
+            one = self._try_to_record(rows, length) if shape in self._recorded else None
+            self._recorded[shape] = one
+        if one is None or not torch.is_grad_enabled():
             if attention_mask is not None and tokens < length:
                 padding = (0, length - tokens)
                 input_ids, attention_mask = F.pad(input_ids, padding, value=self._pad_id), F.pad(attention_mask, padding)
             return super().forward(input_ids, attention_mask)
-        one = self._recorded[shape] = self._recorded[shape] or self._record(rows, length, attention_mask is not None)
         for fixed, given, pad in ((one.ids_BS, input_ids, self._pad_id), (one.mask_BS, attention_mask, 0)):
-            if fixed is not None:
-                fixed[:, :tokens].copy_(given)
-                if tokens < length:
-                    fixed[:, tokens:] = pad
+            fixed[:, :tokens].copy_(given)
+            if tokens < length:
+                fixed[:, tokens:] = pad
         return _Replay.apply(self.flat, self, one)
 
     def held_bytes(self) -> int:
@@ -95,13 +98,23 @@ class GraphedModule(FlatModule):
         assert self._gradient_P is not None
         return self._gradient_P.clone()
 
-    def _record(self, rows: int, length: int, masked: bool) -> Recorded:
+    def _try_to_record(self, rows: int, length: int) -> Recorded | None:
+        """None, and a warning, for a model that does in its passes what recording does not allow; it is not tried again."""
+        try:
+            return self._record(rows, length)
+        except RuntimeError as error:  # CUDA's errors too
+            self._records = False
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            warnings.warn(f"the encoder's passes cannot be recorded and are launched as ever, more slowly ({reason})", stacklevel=2)
+            return None
+
+    def _record(self, rows: int, length: int) -> Recorded:
         """Records both passes; leaves the random state as it was. Other threads may use the GPU meanwhile."""
         device = self.flat.device
         if self._gradient_P is None:
             self._pool, self._gradient_P = torch.cuda.graph_pool_handle(), torch.empty_like(self.flat)
         ids_BS = torch.zeros(rows, length, dtype=torch.int64, device=device)
-        mask_BS = torch.ones_like(ids_BS) if masked else None
+        mask_BS = torch.ones_like(ids_BS)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         how: Any = {"pool": self._pool, "capture_error_mode": "thread_local"}
         # A leaf of its own: the parameter's gradient node belongs to the stream that DeepSpeed's hooks were made on.

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_prepared
 
 from haste_dist.config import EncoderConfig
-from haste_dist.graphs import MOST_TOKENS, can_replay, padded_length
+from haste_dist.graphs import MOST_TOKENS, GraphedModule, can_replay, padded_length
 from haste_dist.memory import Facts, memory_plan
 from haste_dist.model import make_encoder, open_prepared
 
@@ -43,6 +44,35 @@ def test_a_model_that_asks_the_gpu_is_not_recorded() -> None:
         whole_mask = False
 
     assert not can_replay(EncoderConfig(), Other())
+
+
+def test_a_model_that_cannot_be_recorded_is_launched_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told once; and full batches, padded ones and passes without a graph are what they are without recording."""
+    config = make_prepared(tmp_path)
+    encoder = make_encoder(config, open_prepared(config).manifest).train()
+    ids = torch.randint(2, 99, (3, 7))
+    expected = encoder(ids, None)
+    module, tries = GraphedModule(encoder), []
+
+    def refuse(*shape: int) -> None:
+        tries.append(shape)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(module, "_record", refuse)
+    torch.testing.assert_close(module(ids, None), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(module(ids, None), expected)
+    assert not tries
+    with pytest.warns(
+        UserWarning, match=r"cannot be recorded and are launched as ever.* \(operation not permitted .* capturing\)$"
+    ):
+        torch.testing.assert_close(module(ids, torch.ones_like(ids)), expected)
+    x_BD = module(ids, None)
+    torch.testing.assert_close(x_BD, expected)
+    assert tries == [(3, 8)]
+    x_BD.sum().backward()
+    assert module.flat.grad is not None
+    assert module.held_bytes() == 0
 
 
 def test_recorded_passes_are_planned_for(tmp_path: Path) -> None:
