@@ -60,6 +60,7 @@ class GraphedModule(FlatModule):
         # Of a shape that was seen once, None.
         self._recorded: dict[tuple[int, int, int], Recorded | None] = {}
         self._pool: Any = None
+        self._largest = 0  # B * S recorded in this pool
         self._gradient_P: Tensor | None = None
         self.replays = 0
 
@@ -111,8 +112,12 @@ class GraphedModule(FlatModule):
     def _record(self, rows: int, length: int) -> Recorded:
         """Records both passes; leaves the random state as it was. Other threads may use the GPU meanwhile."""
         device = self.flat.device
+        if rows * length > self._largest:  # recorded first, it leaves room in which all smaller ones fit; what is recorded starts anew
+            torch.cuda.synchronize()
+            self._recorded = dict.fromkeys(self._recorded)
+            self._pool, self._largest = torch.cuda.graph_pool_handle(), rows * length
         if self._gradient_P is None:
-            self._pool, self._gradient_P = torch.cuda.graph_pool_handle(), torch.empty_like(self.flat)
+            self._gradient_P = torch.empty_like(self.flat)
         ids_BS = torch.zeros(rows, length, dtype=torch.int64, device=device)
         mask_BS = torch.ones_like(ids_BS)
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()

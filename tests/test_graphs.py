@@ -63,9 +63,7 @@ def test_a_model_that_cannot_be_recorded_is_launched_as_ever(tmp_path: Path, mon
     with torch.no_grad():
         torch.testing.assert_close(module(ids, None), expected)
     assert not tries
-    with pytest.warns(
-        UserWarning, match=r"cannot be recorded and are launched as ever.* \(operation not permitted .* capturing\)$"
-    ):
+    with pytest.warns(UserWarning, match=r"cannot be recorded and are launched as ever.* \(operation not permitted .* capturing\)$"):
         torch.testing.assert_close(module(ids, torch.ones_like(ids)), expected)
     x_BD = module(ids, None)
     torch.testing.assert_close(x_BD, expected)
