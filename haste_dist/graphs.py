@@ -82,6 +82,7 @@ class GraphedModule(FlatModule):
                 padding = (0, length - tokens)
                 input_ids, attention_mask = F.pad(input_ids, padding, value=self._pad_id), F.pad(attention_mask, padding)
             return super().forward(input_ids, attention_mask)
+        assert attention_mask is not None
         for fixed, given, pad in ((one.ids_BS, input_ids, self._pad_id), (one.mask_BS, attention_mask, 0)):
             fixed[:, :tokens].copy_(given)
             if tokens < length:
