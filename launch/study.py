@@ -3,7 +3,7 @@
 Each run is a process of its own on one GPU (or the CPU). A finished run is kept, a cut one goes on from its checkpoint, so the same command
 goes on with a study. After each run the report is written anew.
 
-Exit status: 0 done, 2 wrong words or a run that failed, 130 stopped by Ctrl-C with every finished run kept.
+Exit status: 0 done, 2 wrong words or a run that failed, 130 stopped by Ctrl-C or SIGTERM with every finished run kept.
 """
 
 import os
@@ -83,6 +83,7 @@ def _run_all(
     places = [gpu for _ in range(side_by_side) for gpu in gpus]
     waiting, failed = list(left), []
     running: list[Run] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
             while waiting and len(running) < len(places):
@@ -108,6 +109,8 @@ def _run_all(
     except BaseException:
         _stop(running)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return failed
 
 

@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny import make_prepared
+from tiny import FULL, make_prepared
 
 from haste_dist.config import save_config
 from haste_dist.errors import ConfigError, DataError
@@ -183,3 +187,24 @@ def test_a_run_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "1 of 1 runs failed" in capsys.readouterr().err
     assert "output.fan_in=64 is larger" in (tmp_path / "study/runs/plain-0/output.log").read_text()
     assert os.listdir(tmp_path / "study/runs") == ["plain-0"]
+
+
+@pytest.mark.skipif(not FULL, reason="the long form: HASTE_FULL=1")
+def test_a_study_that_is_stopped_goes_on(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path / "data")
+    seal_data(Path(config.data.prepared))
+    save_config(config, tmp_path / "config.yaml")
+    file = page(tmp_path, f"config: {tmp_path}/config.yaml\nsettings: [train.epochs=12]\ncases: {{plain: []}}\n")
+    out = tmp_path / "study"
+    words = [sys.executable, "-m", "haste_launch.cli", "study", str(file), "--out", str(out), "--no-plot"]
+    log = out / "runs/plain-0/metrics.jsonl"
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (log.exists() and '"event": "eval"' in log.read_text()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert "goes on from there" in process.communicate(timeout=300)[1]
+    assert process.returncode == 130
+    assert read_events(log.parent)[-1]["reason"] == "stopped"
+    assert subprocess.run(words, check=False, timeout=600).returncode == 0
+    starts = [event["step"] for event in read_events(log.parent) if event["event"] == "start"]
+    assert starts[0] == 0 < starts[1]
