@@ -22,6 +22,7 @@ from haste_dist.setting import setting
 from haste_dist.use_config import PredictConfig, ServeConfig
 
 GROUP_SIZES = (1, 16, 32, 64, 128)
+LOGGERS = ("tensorboard", "mlflow", "wandb")
 
 
 @dataclass
@@ -32,6 +33,10 @@ class RunConfig:
         "auto",
         "auto: go on from the newest complete checkpoint; never: refuse a used folder; must: fail without one",
         choices=("auto", "never", "must"),
+    )
+    loggers: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"doc": "where numbers are drawn too: tensorboard, mlflow, wandb (docs/launch.md)"},
     )
     deterministic: bool = setting(
         False, "the same bits in each run on the same ranks and GPU: fixed order of sums everywhere, slower (sets output.deterministic)"
@@ -277,6 +282,9 @@ def check(config: Config) -> None:
     """Range checks of every field, then the few rules that join two of them. Raises ConfigError."""
     for part in dataclasses.fields(config):
         _check_ranges(part.name, getattr(config, part.name))
+    for logger in config.run.loggers:
+        if logger not in LOGGERS or config.run.loggers.count(logger) > 1:
+            raise ConfigError(f"run.loggers={config.run.loggers}: each once, of {', '.join(LOGGERS)}")
     for name in ("head_features", "tail_features"):
         span = getattr(config.output, name)
         if span and (len(span) != 2 or not 0 <= span[0] < span[1]):

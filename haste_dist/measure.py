@@ -78,7 +78,7 @@ def measure_points(
     """
     points = missing(points, read_study(folder), config, law, device_name(world.device))
     barrier(world)  # the first rank writes to the study only when all have read it
-    log = RunLog(folder, enabled=world.is_first, tensorboard=False)
+    log = RunLog(folder, enabled=world.is_first)
     bench: Bench | None = None
     with log:
         log.event("study", points=len(points), ranks=world.size, device=device_name(world.device))

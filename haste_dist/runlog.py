@@ -1,4 +1,4 @@
-"""The log of a run: one JSON line an event in ``metrics.jsonl``, the numbers mirrored to TensorBoard.
+"""The log of a run: one JSON line an event in ``metrics.jsonl``, the numbers mirrored to trackers (TensorBoard and others).
 
 Each line is flushed as it is written, so a killed run loses at most the line it was writing. A resumed run appends to the
 same file; where it repeats steps, readers let the later line win.
@@ -7,61 +7,65 @@ same file; where it repeats steps, readers let the later line win.
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from haste_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from haste_dist.trackers import Tracker
 
 FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """Writes ``folder/metrics.jsonl`` and ``folder/tensorboard/``; with ``enabled`` False (ranks other than 0) every call does nothing.
+    """Writes ``folder/metrics.jsonl`` and passes numbers to ``trackers``, which it closes; with ``enabled`` False (ranks other than 0)
+    every call does nothing.
 
-    ``purge_step``: the step a resumed run goes on from; TensorBoard then hides what the earlier process drew at or after it.
     Values are numbers, strings, booleans, None, or scalars of numpy or torch; a number that is not finite is written as null.
     """
 
-    def __init__(self, folder: str | Path, enabled: bool = True, tensorboard: bool = True, purge_step: int | None = None) -> None:
+    def __init__(self, folder: str | Path, enabled: bool = True, trackers: Sequence["Tracker"] = ()) -> None:
         self._file: BinaryIO | None = None
-        self._writer: Any = None
+        self._trackers = trackers
         if not enabled:
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / FILE, "ab")  # noqa: SIM115  closed by close()
         _blank_torn_line(folder / FILE)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # imports TensorBoard: a second that `haste --help` need not wait
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def step(self, **values: Any) -> None:
         """One training step: ``step`` (int) and any numbers."""
         self.event("step", **values)
 
     def event(self, name: str, **values: Any) -> None:
-        """One line ``{"event": name, ..., "time": seconds since 1970}``; with a ``step``, numbers go to TensorBoard as ``name/key``."""
+        """One line ``{"event": name, ..., "time": seconds since 1970}``; with a ``step``, numbers go to trackers as ``name/key``."""
         if self._file is None:
             return
         plain = {key: _plain(value) for key, value in values.items()}
         line = json.dumps({"event": name, **plain, "time": round(time.time(), 3)}, allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
-        if self._writer is not None and isinstance(plain.get("step"), int):
+        if self._trackers and isinstance(plain.get("step"), int):
             prefix = f"{name}-{plain['split']}" if "split" in plain else name
-            for key, value in plain.items():
-                if key not in ("step", "epoch") and isinstance(value, int | float) and not isinstance(value, bool):
-                    self._writer.add_scalar(f"{prefix}/{key}", value, plain["step"])
+            numbers = {
+                f"{prefix}/{key}": value
+                for key, value in plain.items()
+                if key not in ("step", "epoch") and isinstance(value, int | float) and not isinstance(value, bool)
+            }
+            for tracker in self._trackers:
+                tracker.numbers(plain["step"], numbers)
 
     def close(self) -> None:
-        """Flushes and closes both files; the log ignores later events."""
-        if self._writer is not None:
-            self._writer.close()
+        """Closes the file and the trackers; the log ignores later events."""
+        for tracker in self._trackers:
+            tracker.close()
         if self._file is not None:
             self._file.close()
-        self._file = self._writer = None
+        self._file, self._trackers = None, ()
 
     def __enter__(self) -> "RunLog":
         return self

@@ -33,6 +33,7 @@ from haste_dist.runlog import RunLog
 from haste_dist.saver import Saved, Saver
 from haste_dist.schedule import due, rewire_fraction, warmup_cosine
 from haste_dist.step import train_step
+from haste_dist.trackers import check_trackers, open_trackers
 from haste_dist.verify import check_data, seal_run
 from haste_dist.world import World
 
@@ -90,6 +91,7 @@ def plan_steps(config: Config, per_epoch: int) -> Plan:
 
 def check_run(config: Config) -> Prepared:
     """All that can be checked before ranks start. Raises HasteError."""
+    check_trackers(config)
     prepared = open_prepared(config)
     width = check_features(config, prepared.manifest)
     if config.data.label_texts:
@@ -146,7 +148,9 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
         start_from_centroids(classifier, prepared)
     barrier(world)
 
-    log = RunLog(run, enabled=world.is_first, purge_step=state.step)
+    with same_error(world):
+        trackers = open_trackers(config, state.step) if world.is_first else []
+    log = RunLog(run, enabled=world.is_first, trackers=trackers)
     log.event(
         "start",
         step=state.step,

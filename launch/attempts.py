@@ -105,7 +105,7 @@ def _note(run: Path, error: BaseException, step: int, left: int) -> None:
     """Writes into the run's log what happened and what was lost: the steps since the checkpoint, as far as they were logged."""
     logged = [event["step"] for event in read_events(run) if event["event"] == "step"] if (run / FILE).exists() else []
     lost = max(0, max(logged, default=0) - step)
-    with RunLog(run, tensorboard=False) as log:
+    with RunLog(run) as log:
         log.event("failure", step=step, lost_steps=lost, left=left, reason=reason_of(error))
 
 

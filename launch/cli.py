@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from haste_dist import __version__
 from haste_dist.errors import HasteError, Interrupted
+from haste_launch.job_words import add_job_commands
+from haste_launch.sweep_space import add_sweep_command
 
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 OVERRIDES = "settings that replace the file's, such as train.epochs=3 (haste config lists all)"
@@ -128,6 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--texts", default="", metavar="T", help="to train on, for the time of an epoch; instead of the prepared data's")
     plan.add_argument("--most-labels", type=_positive, default=20, metavar="M", help="of one text, without prepared data (default 20)")
     plan.add_argument("--model", default="", metavar="FILE", help="a cost model (default: the one that haste scale kept for the device)")
+
+    add_job_commands(commands, CONFIG, OVERRIDES)
+    add_sweep_command(commands, CONFIG, OVERRIDES)
 
     scale = commands.add_parser(
         "scale",

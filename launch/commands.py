@@ -169,6 +169,45 @@ def study(args: Namespace) -> int:
     return run_study(args.page, Path(args.out), args.overrides, args.side_by_side, not args.no_plot)
 
 
+def doctor(args: Namespace) -> int:
+    named = args.config is not None and "=" not in args.config  # haste doctor launch.address=...
+    words = args.overrides if named or args.config is None else [args.config, *args.overrides]
+    settings = load_config(args.config if named else None, words)
+    from haste_launch.doctor import doctor as look
+
+    return look(settings)
+
+
+def submit(args: Namespace) -> int:
+    from haste_launch.submit import submit as submit_job
+
+    return submit_job(args)
+
+
+def jobs(args: Namespace) -> int:
+    from haste_launch.jobs import list_jobs
+
+    return list_jobs(args.address, args.ca)
+
+
+def logs(args: Namespace) -> int:
+    from haste_launch.follow import show_logs
+
+    return show_logs(args.job, args.follow, args.on_interrupt, args.address, args.ca)
+
+
+def sweep(args: Namespace) -> int:
+    from haste_launch.sweep import sweep as run_trials
+
+    return run_trials(args)
+
+
+def stop(args: Namespace) -> int:
+    from haste_launch.jobs import stop_job
+
+    return stop_job(args.job, args.address, args.ca)
+
+
 def bench(args: Namespace) -> int:
     if args.action == "checkpoint":
         from haste_launch.checkpoint_bench import bench_checkpoint

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch, Triton and Ray load. Ranks and workers inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,3 +31,16 @@ def ray_session():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def short_folder() -> Iterator[Path]:
+    """A folder for Ray's sockets, whose paths may have 107 characters."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="h", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def short(short_folder: Path) -> Path:
+    """As ``short_folder``, of one test alone."""
+    return Path(tempfile.mkdtemp(dir=short_folder))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ray_nodes import SECONDS, alive_with, wait_for
 from tiny import haste, make_prepared, read_losses
 
 from haste_dist.config import Config, save_config
@@ -27,27 +28,6 @@ from haste_launch.ray_train import (
     stop_signals,
     user_error,
 )
-
-SECONDS = 120
-
-
-def wait_for(condition: object, seconds: float = SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.2)
-
-
-def alive_with(mark: str) -> list[int]:
-    """Processes, not zombies, that inherited HASTE_TEST_MARK=mark."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (entry / "environ").read_bytes() and "\nState:\tZ" not in (entry / "status").read_text():
-                found.append(int(entry.name))
-        except OSError:  # it ended, or is another user's
-            continue
-    return found
 
 
 @pytest.fixture

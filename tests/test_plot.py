@@ -15,7 +15,7 @@ from haste_dist.runlog import RunLog
 
 def log_run(folder: Path, start: int, stop: int, shift: float = 0.0) -> None:
     """Steps start+1..stop; the loss is 100 - step + shift."""
-    with RunLog(folder, tensorboard=False) as log:
+    with RunLog(folder) as log:
         log.event("start", step=start, labels=1234, texts=99, ranks=2, device="cpu")
         for step in range(start + 1, stop + 1):
             log.step(step=step, epoch=step / 10, loss=100.0 - step + shift, step_ms=20.0 + step % 3, samples_per_s=5000.0)

@@ -1,21 +1,17 @@
 """Runs that survive: a killed rank, a hung rank and a lost node cost steps since the last checkpoint, nothing else."""
 
-import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_launch import SECONDS, alive_with, wait_for
+from ray_nodes import SECONDS, alive_with, answers, command_of, kill_all, ranks_with, start_node, wait_for
 from tiny import FULL, free_port, make_prepared, read_losses
 
 from haste_dist.config import Config, save_config
@@ -24,18 +20,6 @@ from haste_dist.runlog import read_events
 from haste_dist.train import train
 from haste_dist.world import join_world
 from haste_launch.attempts import may_pass, until_done, wait_for_ranks
-
-
-def ranks_with(mark: str) -> list[int]:
-    """Process ids of Ray Train's workers."""
-    return [pid for pid in alive_with(mark) if b"RayTrainWorker" in command_of(pid)]
-
-
-def command_of(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # it has just ended
-        return b""
 
 
 @pytest.mark.slow
@@ -95,35 +79,6 @@ def test_a_lost_node_leaves_a_run_that_goes_on_with_fewer_ranks(tmp_path: Path, 
     losses = read_losses(run)
     assert len(losses) == 20 * 12
     assert losses[-1] < losses[0]
-
-
-@pytest.fixture
-def short() -> Iterator[Path]:
-    """A folder for Ray's sockets, whose paths may have 107 characters."""
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="h") as folder:
-        yield Path(folder)
-
-
-def start_node(words: list[str], mark: str, environment: dict[str, str]) -> None:
-    """A Ray node of one CPU."""
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1"]
-    ports = ["--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0", "--disable-usage-stats", f"--object-store-memory={2**27}"]
-    subprocess.Popen(
-        [*ray, *ports, *words], env={**environment, "HASTE_TEST_MARK": mark}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
-def kill_all(mark: str) -> None:
-    """SIGKILL to whatever was started with HASTE_TEST_MARK=mark."""
-    while left := alive_with(mark):
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
 
 
 def step_of(run: Path) -> int:

@@ -14,7 +14,7 @@ import pytest
 from haste_launch import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("haste_dist", "kernels", "launch", "conf", "tests", "benchmarks", "docs", ".ci")
+FOLDERS = ("haste_dist", "kernels", "launch", "conf", "tests", "benchmarks", "docs", ".ci", ".devcontainer")
 PACKAGES = {"haste_dist": "haste_dist", "haste_kernels": "kernels", "haste_launch": "launch", "haste_conf": "conf"}
 MADE = {"__pycache__", "records"}  # made by tools, not by hand
 PYTHON = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py") if "__pycache__" not in p.parts)
@@ -160,7 +160,7 @@ def test_the_readme_tree_lists_every_file_and_no_other() -> None:
 
 def test_every_command_in_the_documents_exists() -> None:
     seen = set()
-    for name in ("README.md", "CONTRIBUTING.md", "Makefile", *(f"conf/{p.name}" for p in (ROOT / "conf").glob("*.yaml"))):
+    for name in ("README.md", "CONTRIBUTING.md", "Makefile", "docs/launch.md", *(f"conf/{p.name}" for p in (ROOT / "conf").glob("*.yaml"))):
         text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
         for line in text.splitlines():
             words = line.lstrip("#\t $").split(" #")[0]
@@ -171,7 +171,21 @@ def test_every_command_in_the_documents_exists() -> None:
         for target in re.findall(r"`make ([a-z]+)|^make ([a-z]+)", text, re.MULTILINE):
             assert "".join(target) in MAKE_TARGETS, f"{name}: make {target}"
     commands = {"prepare", "train", "evaluate", "predict", "plot", "config", "datasets", "bench"}
-    assert seen == commands | {"verify", "export", "inspect", "scale", "plan", "serve", "study"}
+    assert seen == commands | {
+        "verify",
+        "export",
+        "inspect",
+        "scale",
+        "plan",
+        "serve",
+        "study",
+        "submit",
+        "jobs",
+        "logs",
+        "stop",
+        "doctor",
+        "sweep",
+    }
 
 
 def test_the_constraints_pin_every_dependency_of_the_project() -> None:
@@ -179,7 +193,10 @@ def test_the_constraints_pin_every_dependency_of_the_project() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(word for extra in ("dev", "demo", "serve") for word in extras[extra])]
+    wanted = [
+        *project["dependencies"],
+        *(word for extra in ("dev", "demo", "serve", "jobs", "sweep", "mlflow", "wandb") for word in extras[extra]),
+    ]
     names = {re.split(r"[\[><=~! ]", word)[0].lower().replace("_", "-") for word in wanted} - {project["name"]}
     lines = [line for line in (ROOT / "constraints-cpu.txt").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
     assert all(re.fullmatch(r"[\w.-]+==[\w.!]+", line) for line in lines)

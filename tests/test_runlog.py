@@ -10,10 +10,11 @@ import torch
 from haste_dist.errors import DataError
 from haste_dist.records import append_record
 from haste_dist.runlog import RunLog, read_events
+from haste_dist.trackers import TensorBoard
 
 
 def test_events_come_back_in_order(tmp_path: Path) -> None:
-    with RunLog(tmp_path / "run", tensorboard=False) as log:
+    with RunLog(tmp_path / "run") as log:
         log.event("start", step=0, device=torch.device("cpu").type, folder=tmp_path)
         log.step(step=1, loss=torch.tensor(2.5), step_ms=np.float32(4), bad=float("nan"))
         assert read_events(tmp_path / "run")[-1]["loss"] == 2.5, "a line is on disk as soon as it is logged"
@@ -27,13 +28,13 @@ def test_events_come_back_in_order(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_appends_behind_a_torn_line(tmp_path: Path) -> None:
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         log.step(step=1, loss=3.0)
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'{"event": "step", "st')
     assert [event["step"] for event in read_events(tmp_path)] == [1]
     seen = (tmp_path / "metrics.jsonl").stat().st_size
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         log.step(step=2, loss=2.0)
     behind = (tmp_path / "metrics.jsonl").read_bytes()[seen:]
     assert [json.loads(line)["step"] for line in behind.split(b"\n") if line] == [2], "a reader that follows the file gets whole lines"
@@ -48,7 +49,7 @@ def test_disabled_log_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_closed_log_ignores_events(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, tensorboard=False)
+    log = RunLog(tmp_path)
     log.close()
     log.step(step=1)
     log.close()
@@ -70,11 +71,11 @@ def test_a_missing_log_is_one_line(tmp_path: Path) -> None:
 def test_numbers_reach_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with RunLog(tmp_path) as log:
+    with RunLog(tmp_path, trackers=[TensorBoard(tmp_path, 0)]) as log:
         for step in (1, 2, 3):
             log.step(step=step, epoch=0.5, loss=10.0 / step, note="text")
         log.event("eval", step=2, split="test", **{"P@1": 0.25})
-    with RunLog(tmp_path, purge_step=2) as log:
+    with RunLog(tmp_path, trackers=[TensorBoard(tmp_path, 2)]) as log:
         log.step(step=2, loss=7.0)
     scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(scalars.Tags()["scalars"]) == ["eval-test/P@1", "step/loss"]
