@@ -25,7 +25,7 @@ HALF = 2  # bytes of bfloat16
 # Numbers of the kernels, which cannot be imported where Triton is not installed; tests/test_memory.py compares them.
 TILE = 64  # most batch rows of a tile
 RUN, COPIES_BYTES, SCRATCH_BYTES = 128, 24 << 20, 256 << 20  # triton_tail.py: float16 copies of dx, the deterministic mode
-HEAD_BYTES = 64 << 20  # triton_head.py: a chunk's dz
+HEAD_BYTES, HEAD_ROWS = 64 << 20, 128  # triton_head.py: a chunk's dz, most rows of a tile
 TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN = 128 << 20, 4096, 16, 256  # triton_topk.py: block maxima of a chunk
 PLAIN_BYTES = {"cuda": 1 << 30, "cpu": 8 << 20}  # chunks.py: a chunk of plain torch
 # Not counted: the CUDA context, NCCL's buffers, gaps between blocks of the allocator. This much is kept free for them.
@@ -169,12 +169,12 @@ def _head_workspace(cuda: bool, n: int, rows: int, width: int, weight: int, x_by
         return 0
     if not cuda:
         return _chunk("cpu", rows, 4 * (3 * n + 8 * width), 4 * (n + (1 if weight == 4 else 7) * width)) + 4 * n * width
-    item, tile = (HALF, 64) if weight == x_bytes == HALF else (4, 32)
-    most = max(tile, HEAD_BYTES // (item * n) // tile * tile)
+    item = HALF if weight == x_bytes == HALF else 4
+    most = max(HEAD_ROWS, HEAD_BYTES // (item * n))
     r = min(most, rows)
     operand = 0 if item == weight else item * r * width  # weights are cast where they are not of x's type
     parts = 4 * n * width * (2 if rows > most else 1)  # dx of a chunk beside the sum
-    return parts + operand + r * (item * n + 4 * -(-n // 32)) + 4 * rows // tile
+    return parts + operand + r * (item * n + 4 * -(-n // 32)) + 4 * rows // 32
 
 
 def _tail_workspace(config: Config, cuda: bool, n: int, groups: int, width: int, weight: int, x_bytes: int) -> int:

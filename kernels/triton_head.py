@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from haste_kernels import triton_tiles as tiles
+from haste_kernels import tuning
 from haste_kernels.products import mm, operand_dtype
 from haste_kernels.state import HeadState, Positives, StepArgs
 
@@ -35,6 +36,28 @@ class HeadTiles:
 
 
 HALF, FLOAT = HeadTiles(64, 128, 64, 4, 4), HeadTiles(32, 64, 32, 4, 2)
+MOST_ROWS = 128
+CANDIDATES = (
+    HALF,
+    *(HeadTiles(64, beside, 64, warps, 3) for beside, warps in ((128, 4), (256, 4), (256, 8))),
+    *(HeadTiles(128, 128, 64, warps, stages) for warps, stages in ((4, 3), (8, 3), (8, 4))),
+    HeadTiles(128, 128, 64, 8, 3, 128),
+    HeadTiles(64, 64, 64, 4, 4),
+    HeadTiles(128, 64, 64, 4, 4),
+    HeadTiles(128, 256, 64, 8, 3),
+)
+
+
+def default_config(dtype: torch.dtype) -> HeadTiles:
+    """The table's choice for operands of ``dtype``."""
+    return FLOAT if dtype == torch.float32 else HALF
+
+
+def key(x_ND: Tensor, head: HeadState) -> str:
+    """What the best tile depends on; batch sizes share a choice up to the next power of two."""
+    momentum = "none" if head.momentum is None else str(head.momentum.dtype)
+    n, width = x_ND.shape
+    return f"D={width} N={triton.next_power_of_2(n)} {head.weight.dtype} momentum={momentum}".replace("torch.", "")
 
 
 @triton.jit(do_not_specialize=["first", "last", "count"])
@@ -159,12 +182,14 @@ def _update(
 
 
 @torch.no_grad()
-def head_step(x_ND: Tensor, positives: Positives, head: HeadState, args: StepArgs, want_loss: bool = False) -> tuple[Tensor, Tensor | None]:
-    """``haste_kernels.head_step`` by Triton: same arguments, same result."""
+def head_step(
+    x_ND: Tensor, positives: Positives, head: HeadState, args: StepArgs, want_loss: bool = False, config: HeadTiles | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """``haste_kernels.head_step`` by Triton: same arguments, same result. ``config`` None: what was tuned here, else the table's."""
     (n, width), rows, device = x_ND.shape, len(head.weight), x_ND.device
     dtype = operand_dtype(x_ND, head.weight)
     x_ND = x_ND.to(dtype).contiguous()
-    tile = FLOAT if dtype == torch.float32 else HALF
+    tile = config or tuning.chosen("head_step", key(x_ND, head), CANDIDATES) or default_config(dtype)
     batch = min(tile.beside, max(16, triton.next_power_of_2(n)))
     columns = min(tile.beside, max(16, triton.next_power_of_2(width)))
     loss = torch.empty(triton.cdiv(rows, tile.rows), dtype=torch.float32, device=device) if want_loss else None

@@ -82,10 +82,10 @@ def tune_cases(cases: Sequence[Case], device: torch.device, seconds: float, prog
 def tunables(case: Case, device: torch.device) -> list[Tunable]:
     """The kernels with a choice of tiles that ``case`` uses, with states and batch on ``device``; always in the same order.
 
-    The dense head's step has none: its products are the GPU library's. Top-k is tuned for the head too, though the case times the tail.
+    Top-k is tuned for the head too, though the case times the tail.
     """
-    if case.topic in (TAIL, LAYER):
-        return [one for part in make_parts(case, device) for one in _tail_step(part)]
+    if case.topic in (TAIL, HEAD, LAYER):
+        return [one for part in make_parts(case, device) for one in _step(part)]
     case = replace(case, momentum="none")
     if case.topic == TOPK:
         rows = -(-case.labels // HEAD_SHARE // case.group) * case.group
@@ -96,11 +96,26 @@ def tunables(case: Case, device: torch.device) -> list[Tunable]:
     return []
 
 
-def _tail_step(part: Part) -> list[Tunable]:
+def _step(part: Part) -> list[Tunable]:
+    return _tail_step(part, part.state) if isinstance(part.state, TailState) else _head_step(part, part.state)
+
+
+def _head_step(part: Part, head: HeadState) -> list[Tunable]:
+    from haste_kernels import triton_head as kernels
+    from haste_kernels.products import operand_dtype
+
+    def call(config: Any) -> Any:
+        return kernels.head_step(part.x_ND, part.positives, head, TIMED, config=config)
+
+    default = kernels.default_config(operand_dtype(part.x_ND, head.weight))
+    return [Tunable("head_step", kernels.key(part.x_ND, head), default, kernels.CANDIDATES, call)]
+
+
+def _tail_step(part: Part, tail: TailState) -> list[Tunable]:
     from haste_kernels import triton_tail as kernels
 
-    tail, n = part.state, len(part.x_ND)
-    if not isinstance(tail, TailState) or not kernels.takes(part.x_ND, tail):
+    n = len(part.x_ND)
+    if not kernels.takes(part.x_ND, tail):
         return []
     default = kernels.default_config(tail.weight.shape[1], tail.weight.shape[2], n)
 

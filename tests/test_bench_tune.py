@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from haste_dist.errors import ConfigError
-from haste_kernels import triton_linear, triton_maxima, triton_tail, tuning
+from haste_kernels import triton_head, triton_linear, triton_maxima, triton_tail, tuning
 from haste_kernels.triton_tail import TailConfig
 from haste_launch import bench, bench_tune, cli
 from haste_launch.bench_case import BACKWARD, FORWARD, HEAD, LAYER, TAIL, TOPK, Case, Ceilings
@@ -49,11 +49,13 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[TailConfig]:
 
     def time_calls(call: Callable[[], Any], *_: Any) -> Times:
         call()
-        ms = {SLOW: 3.0, FAST: 1.0}.get(calls[-1], 2.0)
+        ms = {SLOW: 3.0, FAST: 1.0}.get(calls[-1], 2.0) if calls else 2.0
         return Times(ms, ms, ms)
 
     monkeypatch.setattr(triton_tail, "tail_step", tail_step)
     monkeypatch.setattr(triton_tail, "CANDIDATES", (SLOW, BROKEN, FAST))
+    monkeypatch.setattr(triton_head, "head_step", lambda *_, **__: None)
+    monkeypatch.setattr(triton_head, "CANDIDATES", ())
     monkeypatch.setattr(bench_tune, "time_calls", time_calls)
     monkeypatch.setattr(bench_tune, "compile_ahead", lambda *_: None)
     return calls
@@ -100,7 +102,7 @@ def test_where_none_runs_that_is_told_and_the_rest_goes_on(tried: list[TailConfi
     told: list[str] = []
     bench_tune.tune_cases([case(TAIL), case(HEAD)], CPU, 1.0, stages(told))
     assert any("not tuned" in line and line.endswith("none of 4 tiles runs here: ValueError: no such layout") for line in told), told
-    assert not tuning.path().exists()
+    assert list(tuning.kept()) == ["head_step D=32 N=32 float32 momentum=float32"]
 
 
 def test_tuning_comes_before_the_gate_and_the_table(
@@ -159,8 +161,8 @@ def test_a_folder_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch, t
     ("topic", "kernels"),
     [
         (TAIL, ["tail_step"]),
-        (LAYER, ["tail_step"]),
-        (HEAD, []),
+        (LAYER, ["head_step", "tail_step"]),
+        (HEAD, ["head_step"]),
         (TOPK, ["topk_tail", "topk_head"]),
         (FORWARD, ["linear_forward"]),
         (BACKWARD, ["linear_grad_x", "linear_grad_weight"]),
@@ -180,7 +182,7 @@ def test_each_operation_has_its_kernels_and_each_runs(topic: str, kernels: list[
 def test_the_keys_are_those_that_a_launch_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
     monkeypatch.setattr(tuning, "chosen", lambda kernel, key, _: asked.append((kernel, key)))
-    for topic in (TAIL, TOPK, FORWARD, BACKWARD):
+    for topic in (TAIL, HEAD, TOPK, FORWARD, BACKWARD):
         for one in bench_tune.tunables(case(topic), CPU):
             asked.clear()
             one.call(None)

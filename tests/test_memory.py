@@ -21,6 +21,7 @@ from haste_dist.memory import (
     COPIES_BYTES,
     GIB,
     HEAD_BYTES,
+    HEAD_ROWS,
     PLAIN_BYTES,
     RUN,
     SCRATCH_BYTES,
@@ -57,7 +58,8 @@ def test_the_plan_knows_the_kernels_numbers() -> None:
     from haste_kernels import triton_topk as topk
 
     assert (tail.RUN, tail.COPIES_BYTES, tail.SCRATCH_BYTES) == (RUN, COPIES_BYTES, SCRATCH_BYTES)
-    assert head.CHUNK_BYTES == HEAD_BYTES
+    assert (head.CHUNK_BYTES, head.MOST_ROWS) == (HEAD_BYTES, HEAD_ROWS)
+    assert max(tiles.rows for tiles in (head.HALF, head.FLOAT, *head.CANDIDATES)) == HEAD_ROWS
     assert (topk.CHUNK_BYTES, topk.CHUNK_SPANS, topk.LIST, maxima.SPAN) == (TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN)
 
 

@@ -31,9 +31,9 @@ def normal(*shape: int, dtype: torch.dtype | None = FP32) -> Tensor | None:
     return None if dtype is None else torch.randn(*shape).to(dtype).to(CUDA)
 
 
-def positives(rows: int, times: int) -> Positives:
-    """A few pairs of them, each ``times`` times."""
-    row, batch = (torch.rand(rows, N) < 0.02).nonzero(as_tuple=True)
+def positives(rows: int, times: int, rate: float = 0.02) -> Positives:
+    """Some pairs of them, each ``times`` times."""
+    row, batch = (torch.rand(rows, N) < rate).nonzero(as_tuple=True)
     return Positives(batch.repeat_interleave(times).to(CUDA), row.repeat_interleave(times).to(CUDA))
 
 
@@ -48,8 +48,9 @@ def tails() -> None:
     x_ND = normal(N, WIDTH, dtype=BF16)
     summed = [replace(ARGS, half_sums=half, deterministic=fixed) for half, fixed in ((True, False), (False, False), (False, True))]
     for args, rows_first in itertools.product(summed, (True, False)):
-        tail = tail_state(16, FAN_IN, BF16, BF16, True)
-        triton_tail.tail_step(x_ND, positives(tail.rows, 1), tail, args, True, triton_tail.TailConfig(32, rows_first, 4, 2))
+        for rate in (0.003, 0.03):  # few in a group, and many
+            tail = tail_state(16, FAN_IN, BF16, BF16, True)
+            triton_tail.tail_step(x_ND, positives(tail.rows, 1, rate), tail, args, True, triton_tail.TailConfig(32, rows_first, 4, 2))
     for size, fan_in, momentum, bias, times, loss in (
         (16, 64, None, False, 0, "bce"), (32, 32, FP32, True, 2, "squared_hinge"),
         (64, 64, BF16, True, 1, "bce"), (128, 16, BF16, False, 2, "bce"),

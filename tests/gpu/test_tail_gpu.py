@@ -74,6 +74,8 @@ CASES = [
     (130, 8192, 12, 32, 256, 0.01, 5, torch.bfloat16, True, "squared_hinge"),
     (200, 500, 12, 64, 100, 1.0, 5, torch.bfloat16, True, "squared_hinge"),
     (1111, 384, 5, 16, 32, 1.0, 0, torch.float32, False, "bce"),
+    (2100, 384, 12, 32, 64, 0.0002, 0, torch.bfloat16, True, "bce"),  # some groups have few positives, some many
+    (700, 384, 12, 64, 64, 0.0004, 0, torch.bfloat16, True, "squared_hinge"),
 ]
 
 
