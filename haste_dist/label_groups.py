@@ -57,7 +57,8 @@ class LabelOrder:
     """The bijection between labels and real rows.
 
     label_of_row (R,) int64, -1 on padding; row_of_label (L,) int64; head_rows H; groups T; group_size G;
-    frequency_of_row (R,) int64: training texts of the row's label, 0 on padding.
+    frequency_of_row (R,) int64: training texts of the row's label, 0 on padding. ``base``: how many labels the order had before others
+    were added behind them (0: none were); the head was chosen from those.
     """
 
     label_of_row: np.ndarray
@@ -66,6 +67,7 @@ class LabelOrder:
     groups: int
     group_size: int
     frequency_of_row: np.ndarray
+    base: int = 0
 
     @property
     def labels(self) -> int:
@@ -150,12 +152,19 @@ def order_labels(
             kept=torch.from_numpy(kept),
             folder=work,
         )
-        here, after = group_cohesion(vectors, order, group_size, device)
-        chance, _ = group_cohesion(vectors, baseline, group_size, device)
-        columns = [np.arange(len(here)), *(part.numpy().astype(np.float32) for part in (here, chance, after))]
-        closeness = pa.record_batch([pa.array(x, f.type) for x, f in zip(columns, COHESION_SCHEMA, strict=True)], schema=COHESION_SCHEMA)
+        closeness = measure_closeness(vectors, order, baseline, group_size, device)
         tail = order.numpy()
     return _assemble(frequency, head, tail, group_size), closeness
+
+
+def measure_closeness(
+    vectors: torch.Tensor, order: torch.Tensor, baseline: torch.Tensor, group_size: int, device: torch.device
+) -> pa.RecordBatch:
+    """COHESION_SCHEMA's rows of the groups that ``order`` (labels of the tail, by row) makes; ``baseline``: the same labels at random."""
+    here, after = group_cohesion(vectors, order, group_size, device)
+    chance, _ = group_cohesion(vectors, baseline, group_size, device)
+    columns = [np.arange(len(here)), *(part.numpy().astype(np.float32) for part in (here, chance, after))]
+    return pa.record_batch([pa.array(x, f.type) for x, f in zip(columns, COHESION_SCHEMA, strict=True)], schema=COHESION_SCHEMA)
 
 
 def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> dict[str, Any]:
@@ -170,7 +179,7 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
     folder = Path(folder)
     table = read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)
     device = choose_device(config.launch.device)
-    settings = _settings(config, manifest)
+    settings = order_settings(config, manifest)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     work = folder / WORK / key
     remove_work(folder / WORK, but=key)
@@ -197,32 +206,51 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
         earlier=earlier_groups(config.groups.start, table["uid"]) if config.groups.start else None,
         work=work,
     )
-    _write_order(folder / LABELS_FILE, order, table["text"])
     (folder / VECTORS_FILE).unlink(missing_ok=True)
     if config.output.start == "centroids":
         vectors = made.vectors if made else embed()
         with replacing(folder / VECTORS_FILE) as file:
             np.save(file, vectors, allow_pickle=False)
+    about = {
+        **settings,
+        "labels_with_text": made.with_text if made else None,
+        "labels_without_training_text": made.untrained if made else None,
+        "labels_without_embedding": made.missing if made else None,
+    }
+    page = write_order(folder, order, table["text"], closeness, about)
+    remove_work(folder / WORK)
+    seconds = time.perf_counter() - began
+    return {**page, "seconds": {"embedding": round(embed_seconds, 3), "grouping": round(seconds - embed_seconds, 3)}}
+
+
+def write_order(
+    folder: Path, order: LabelOrder, texts: pa.ChunkedArray, closeness: pa.RecordBatch | None, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes an order into a prepared folder, groups.json last; returns what that says: ``about``, and what the order is.
+
+    ``texts`` are the label texts in label order. Raises DataError where a file cannot be written.
+    """
+    row = np.arange(order.rows)
+    group = np.where(row < order.head_rows, -1, (row - order.head_rows) // order.group_size)
+    text = texts.combine_chunks().take(pa.array(order.label_of_row, mask=order.label_of_row < 0)).fill_null("")
+    columns = [pa.array(order.label_of_row), text, pa.array(order.frequency_of_row), pa.array(row), pa.array(group)]
+    write_arrow(folder / LABELS_FILE, pa.RecordBatch.from_arrays(columns, schema=ORDER_SCHEMA))
     (folder / COHESION_FILE).unlink(missing_ok=True)
     if closeness is not None:
         write_arrow(folder / COHESION_FILE, closeness)
-    page: dict[str, Any] = {
-        **settings,
+    page = {
+        **about,
         "labels": order.labels,
         "rows": order.rows,
         "head_rows": order.head_rows,
         "groups": order.groups,
+        **({"base": order.base} if order.base else {}),
         **cohesion_report(order, closeness),
-        "labels_with_text": made.with_text if made else None,
-        "labels_without_training_text": made.untrained if made else None,
-        "labels_without_embedding": made.missing if made else None,
         "fingerprint": order.fingerprint,
     }
     with replacing(folder / GROUPS_FILE) as file:
         file.write((json.dumps(page, indent=1) + "\n").encode())
-    remove_work(folder / WORK)
-    seconds = time.perf_counter() - began
-    return {**page, "seconds": {"embedding": round(embed_seconds, 3), "grouping": round(seconds - embed_seconds, 3)}}
+    return page
 
 
 def label_order_is_current(config: Config, folder: str | Path, manifest: Manifest) -> bool:
@@ -231,7 +259,7 @@ def label_order_is_current(config: Config, folder: str | Path, manifest: Manifes
         page = json.loads((Path(folder) / GROUPS_FILE).read_text(encoding="utf-8"))
         if config.output.start == "centroids" and not (Path(folder) / VECTORS_FILE).is_file():
             return False
-        return page.items() >= _settings(config, manifest).items() and load_label_order(folder).labels == manifest.labels
+        return page.items() >= order_settings(config, manifest).items() and load_label_order(folder).labels == manifest.labels
     except (OSError, ValueError, AttributeError, DataError):
         return False
 
@@ -247,7 +275,7 @@ def load_label_order(prepared: str | Path) -> LabelOrder:
                 f"{groups_file}: schema version {page['schema_version']}, this program reads {SCHEMA_VERSION}; run haste prepare again"
             )
         head_rows, groups, group_size, labels = (int(page[name]) for name in ("head_rows", "groups", "group_size", "labels"))
-        fingerprint = page["fingerprint"]
+        fingerprint, base = page["fingerprint"], int(page.get("base", 0))
     except FileNotFoundError:
         raise DataError(f"{groups_file}: no such file; run haste prepare (data.prepared={prepared})") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -259,7 +287,7 @@ def load_label_order(prepared: str | Path) -> LabelOrder:
         raise DataError(f"{labels_file}: does not give each of the {labels} labels one row; run haste prepare again")
     row_of_label = np.empty(labels, np.int64)
     row_of_label[label_of_row[rows]] = rows
-    order = LabelOrder(label_of_row, row_of_label, head_rows, groups, group_size, table["frequency"].to_numpy())
+    order = LabelOrder(label_of_row, row_of_label, head_rows, groups, group_size, table["frequency"].to_numpy(), base)
     if order.fingerprint != fingerprint:
         raise DataError(f"{labels_file}: is not the order that {GROUPS_FILE} tells of; run haste prepare again")
     return order
@@ -275,15 +303,6 @@ def _assemble(frequency: np.ndarray, head: np.ndarray, tail: np.ndarray, group_s
     row_of_label[label_of_row[:real]] = np.arange(real)
     frequency_of_row = np.concatenate([frequency[label_of_row[:real]], np.zeros_like(padding)])
     return LabelOrder(label_of_row, row_of_label, len(head), groups, group_size, frequency_of_row)
-
-
-def _write_order(path: Path, order: LabelOrder, texts: pa.ChunkedArray) -> None:
-    """labels.arrow; ``texts`` are the label texts in label order."""
-    row = np.arange(order.rows)
-    group = np.where(row < order.head_rows, -1, (row - order.head_rows) // order.group_size)
-    text = texts.combine_chunks().take(pa.array(order.label_of_row, mask=order.label_of_row < 0)).fill_null("")
-    columns = [pa.array(order.label_of_row), text, pa.array(order.frequency_of_row), pa.array(row), pa.array(group)]
-    write_arrow(path, pa.RecordBatch.from_arrays(columns, schema=ORDER_SCHEMA))
 
 
 def cohesion_report(order: LabelOrder, closeness: pa.RecordBatch | None) -> dict[str, float | None]:
@@ -309,7 +328,7 @@ def earlier_groups(start: str | Path, uids: pa.ChunkedArray) -> np.ndarray:
     return np.where(tail >= 0, now[tail], -1).reshape(-1, order.group_size)
 
 
-def _settings(config: Config, manifest: Manifest) -> dict[str, Any]:
+def order_settings(config: Config, manifest: Manifest) -> dict[str, Any]:
     """All that the order depends on: the data's fingerprint and the settings. groups.json begins with it; a rerun compares it."""
     groups = dataclasses.asdict(config.groups)
     for name in ("batch_size", "encoder"):

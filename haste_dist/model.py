@@ -47,7 +47,7 @@ def open_prepared(config: Config) -> Prepared:
         raise DataError(
             f"{folder}: texts were cut to {manifest.max_length} tokens, data.max_length={config.data.max_length}; run haste prepare again"
         )
-    wanted = (config.output.group_size, head_size(order.labels, config.output.head_fraction, config.output.group_size))
+    wanted = (config.output.group_size, head_size(order.base or order.labels, config.output.head_fraction, config.output.group_size))
     if wanted != (order.group_size, order.head_rows):
         raise ConfigError(
             f"{folder}: its label order has groups of {order.group_size} and {order.head_rows} head rows, this config asks for "

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +51,8 @@ TABLES = (LABEL_TEXTS, tables.QUARANTINE, augmentation.TWINS, *(tables.filter_fi
 REPORT_SECONDS = 5.0  # between progress lines where there is no terminal
 
 
-def prepare(config: Config) -> Manifest:
-    """Makes the prepared folder, or brings it up to date, and prints a summary. Ray must be running.
+def prepare(config: Config, order: Callable[[Config, Path, Manifest], None] | None = None) -> Manifest:
+    """Makes the prepared folder, or brings it up to date, and prints a summary. Ray must be running. ``order`` writes its label order.
 
     Raises ConfigError or DataError, in one line, for settings or input that cannot be used, and where the disk is full.
     """
@@ -98,7 +98,7 @@ def prepare(config: Config) -> Manifest:
     _print_summary(manifest, folder, written, time.perf_counter() - started)
     if not folder.is_local:
         fetch(folder, work)
-    _order_labels(config, work, manifest)
+    (order or _order_labels)(config, work, manifest)
     seal_data(work)
     publish(work, folder, (*ORDER_FILES, CHECKSUMS))
     return manifest

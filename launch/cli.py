@@ -108,6 +108,20 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("kind", metavar="WHAT", choices=("data", "labels", "groups"), help="data, labels or groups")
     inspect.add_argument("folder", metavar="FOLDER", help="the folder that haste prepare wrote (for groups, a run folder will do)")
 
+    labels = commands.add_parser("labels", help="add labels to a trained run", description="Change the labels of a trained run.")
+    actions = labels.add_subparsers(dest="action", metavar="ACTION", required=True)
+    add = actions.add_parser(
+        "add",
+        help="a new run that knows new labels too",
+        description="Prepare grown data (data.source, data.prepared), whose label file begins with the labels of RUN, and write NEW: the "
+        "run with the new labels behind the old, each the mean of its nearest ones. haste train goes on from there. RUN stays as it is.",
+    )
+    add.add_argument("run", metavar="RUN", help=RUN)
+    add.add_argument("new", metavar="NEW", help="run folder to write")
+    add.add_argument("overrides", metavar="a.b=c", nargs="*", help=OVERRIDES)
+    add.add_argument("--checkpoint", default="best", metavar="NAME", help=CHECKPOINT)
+    add.add_argument("--neighbours", type=_positive, default=4, metavar="K", help="labels whose mean a new one starts from (default 4)")
+
     datasets = commands.add_parser("datasets", help="build a public data set", description="Build a public data set from a package.")
     actions = datasets.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = actions.add_parser("build", help="write a data set in the XMC layout", description="Write a data set in the XMC layout.")

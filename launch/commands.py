@@ -136,6 +136,22 @@ def inspect(args: Namespace) -> int:
     return 0
 
 
+def labels(args: Namespace) -> int:
+    run = Path(args.run)
+    run_config(args.run, [])
+    settings = load_config(run / "config.yaml", [*args.overrides, f"run.folder={args.new}"])
+    from haste_dist.extension import add_labels, check_words
+    from haste_dist.sources import find_source
+    from haste_launch.ray_session import ray_session
+
+    check_words(settings, run)
+    find_source(settings.data)
+    with ray_session(settings):
+        added = add_labels(settings, run, args.checkpoint, args.neighbours)
+    print(f"{args.new}: {added:,} labels added; haste train goes on: haste train {Path(args.new) / 'config.yaml'}")
+    return 0
+
+
 def datasets(args: Namespace) -> int:
     from haste_dist.datasets import build_dataset
 

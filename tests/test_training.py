@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import WORDS, make_prepared, make_tokenizer, read_losses, run_ranks
-from torch import Tensor
+from tiny import WORDS, final_tensors, make_prepared, make_tokenizer, read_losses, run_ranks
 
 from haste_dist.collectives import StopVote
 from haste_dist.config import Config
@@ -27,20 +25,6 @@ STEPS = 30
 def train_all(world: World, configs: list[Config]) -> None:
     for config in configs:
         train(config, world)
-
-
-def final_tensors(run: str) -> dict[str, Tensor]:
-    """Encoder, head and tail of a run's last checkpoint, label rows of all ranks joined."""
-    folder = Path(run) / "checkpoints" / f"step-{json.loads((Path(run) / 'checkpoints/last.json').read_text())['step']:08d}"
-    found = load_file(folder / "encoder.safetensors")
-    parts: dict[str, list[tuple[int, Tensor]]] = {}
-    for path in folder.glob("output-*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name, start in file.metadata().items():
-                parts.setdefault(name, []).append((int(start), file.get_tensor(name)))
-    for name, pieces in parts.items():
-        found[name] = torch.cat([tensor for start, tensor in sorted(pieces, key=lambda p: (p[0], len(p[1])))])
-    return found
 
 
 @pytest.mark.slow

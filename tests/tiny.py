@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.multiprocessing as mp
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -175,6 +177,20 @@ def read_losses(run: str | Path) -> list[float]:
         if event["event"] == "step":
             losses[event["step"]] = event["loss"]
     return [losses[step] for step in sorted(losses)]
+
+
+def final_tensors(run: str) -> dict[str, torch.Tensor]:
+    """Encoder, head and tail of a run's last checkpoint, label rows of all ranks joined."""
+    folder = Path(run) / "checkpoints" / f"step-{json.loads((Path(run) / 'checkpoints/last.json').read_text())['step']:08d}"
+    found = load_file(folder / "encoder.safetensors")
+    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for path in folder.glob("output-*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name, start in file.metadata().items():
+                parts.setdefault(name, []).append((int(start), file.get_tensor(name)))
+    for name, pieces in parts.items():
+        found[name] = torch.cat([tensor for start, tensor in sorted(pieces, key=lambda p: (p[0], len(p[1])))])
+    return found
 
 
 def haste(*words: str, **environment: str) -> subprocess.CompletedProcess:
