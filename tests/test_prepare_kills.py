@@ -1,16 +1,21 @@
 """Prepare killed at any write, and bad input in bulk: the same bytes in the end, every bad line named. Ray's tasks run in turn, here."""
 
+import contextlib
 import gzip
 import json
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from in_turn import LABELS, contents, run_in_turn, settings
 from raw_sources import json_lines, make_texts, make_wordpiece, write_lines, write_source
+from tiny import FULL
 
 import haste_dist.prepare
 from haste_dist.config import Config
@@ -80,6 +85,35 @@ def test_a_kill_at_any_write_leaves_the_same_bytes(tmp_path: Path, wordpiece: Pa
     assert contents(tmp_path / "killed") == clean
 
 
+@pytest.mark.skipif(not FULL, reason="minutes: HASTE_FULL=1")
+@pytest.mark.timeout(1200)
+def test_the_command_killed_at_five_random_moments(tmp_path: Path, wordpiece: Path) -> None:
+    """haste prepare with all its Ray workers, killed -9 and started again."""
+    write_source(tmp_path / "source", "jsonl.gz", make_texts(150_000, LABELS), make_texts(2000, LABELS, "s"), LABELS)
+    (tmp_path / "empty.yaml").write_text("{}")
+
+    def start(out: str) -> subprocess.Popen:
+        words = [f"data.source={tmp_path}/source", f"data.prepared={tmp_path}/{out}", "data.rows_per_shard=500", "data.max_length=8"]
+        words += [f"encoder.tokenizer={wordpiece}", "groups.method=frequency", "output.group_size=16", "data.label_texts=1"]
+        command = [sys.executable, "-m", "haste_launch.cli", "prepare", f"{tmp_path}/empty.yaml", *words]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start("clean").wait() == 0
+    whole, shards = time.monotonic() - began, []
+    for _ in range(5):
+        process = start("killed")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(random.uniform(0.3, 0.9) * whole)
+        process.kill()
+        process.wait()
+        time.sleep(3)  # its workers notice and end
+        shards.append(len(list((tmp_path / "killed").rglob("*.arrow"))))
+    print(f"shards after each kill: {shards}, of {len(list((tmp_path / 'clean').rglob('*.arrow')))}")
+    assert start("killed").wait() == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "clean")
+
+
 def test_a_kill_leaves_shards_that_are_not_written_again(tmp_path: Path, wordpiece: Path) -> None:
     source = source_with_faults(tmp_path / "source")
     config = settings(source, tmp_path / "out", wordpiece)
@@ -125,7 +159,7 @@ BAD = {
 
 
 def test_every_bad_line_among_many_is_named(tmp_path: Path, wordpiece: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows, of_each = 20_000, 100
+    rows, of_each = (1_000_000, 125) if FULL else (20_000, 100)
     write_source(tmp_path / "source", "jsonl.gz", make_texts(50, LABELS), make_texts(20, LABELS, "s"), LABELS)
     lines = json_lines(make_texts(rows, LABELS))
     chosen = random.Random(3).sample(range(1000, rows), of_each * len(BAD))
@@ -147,3 +181,15 @@ def test_every_bad_line_among_many_is_named(tmp_path: Path, wordpiece: Path, cap
     shown = capsys.readouterr().out
     assert all(f"{reason:<20} │" in shown or reason in shown for reason in BAD)
     assert "quarantine.jsonl" in shown
+
+    packed = gzip.compress(data, 1)
+    (tmp_path / "source/trn.json.gz").write_bytes(packed[: -len(packed) // 10])  # a download that broke off
+    manifest = prepare(settings(tmp_path / "source", tmp_path / "cut", wordpiece, "data.rows_per_shard=1000"))
+    cut = [json.loads(line) for line in (tmp_path / "cut/quarantine.jsonl").read_text().splitlines()]
+    assert manifest.quarantined["truncated file"] == 1
+    end = cut.pop()
+    assert (end["file"], end["reason"]) == ("trn.json.gz", "truncated file")
+    assert f"after line {end['line'] - 1}" in end["detail"]
+    assert cut == [page for page in named if page["line"] < end["line"]]
+    assert manifest.splits["train"].rows + len(cut) == end["line"] - 1
+    assert end["line"] > 0.8 * rows
