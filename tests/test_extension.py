@@ -68,7 +68,7 @@ def grown_config(config: Config, folder: Path, *overrides: str) -> Config:
 def scores(run: str, texts: list[str], labels: int) -> np.ndarray:
     """Logits (n, labels) of the labels 0, 1, ..."""
     predictor = Predictor(run)
-    found, logits = predictor.predict(texts, k=predictor.order.labels)
+    found, logits = predictor.topk(texts, k=predictor.order.labels)
     by_label = np.empty_like(logits)
     np.put_along_axis(by_label, found, logits, 1)
     return by_label[:, :labels]
