@@ -184,6 +184,7 @@ def test_every_command_in_the_documents_exists() -> None:
         "logs",
         "stop",
         "doctor",
+        "labels",
         "sweep",
     }
 
