@@ -96,7 +96,7 @@ class EncoderEngine:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Float32 weights and optimizer state, whole and on the CPU, by name; the same on each rank and at any ZeRO stage.
 
-        Every rank must call it.
+        Copies of all that trains: the next steps do not change them. Every rank must call it.
         """
         weights = {name: p.detach().float().cpu() for name, p in self.module.named_parameters()}
         if self._engine is None:
@@ -106,7 +106,7 @@ class EncoderEngine:
         if not state:  # no update yet, so no moments either
             return weights, {}
         moments = {f"{key}.{name}": value for key in ADAM_STATE for name, value in self._flat.unflatten(self._whole(state[key]))}
-        return weights, {"step": state["step"].reshape(1).float().cpu(), **moments}
+        return weights, {"step": state["step"].reshape(1).float().cpu().clone(), **moments}
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         """Takes over what ``state`` gave, at this or another number of ranks and ZeRO stage. Raises CheckpointError."""

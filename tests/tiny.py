@@ -162,7 +162,10 @@ def check_restored_engine(config: Config, world: World) -> None:
     assert all(w.dtype == torch.float32 for w in weights.values())
     assert moments["step"].item() == 3
     second.load_state(weights, moments)
+    taken = {name: tensor.clone() for name, tensor in {**weights, **moments}.items()}
     step(first)
+    for name, tensor in {**weights, **moments}.items():  # they are being written while steps go on
+        assert torch.equal(tensor, taken[name]), name
     step(second)
     for ours, theirs in zip(first.state(), second.state(), strict=True):
         for name in ours:
