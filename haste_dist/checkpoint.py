@@ -11,7 +11,9 @@ checkpoints/
 """
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from haste_dist.sealed import check_file, seal, unseal
 SCHEMA_VERSION = 2
 PAGE, ENCODER, OPTIMIZER, KEPT = "state.json", "encoder.safetensors", "optimizer.safetensors", "kept.safetensors"
 STEP_NAME = re.compile(r"step-\d{8,}")
+REPLACED = ".replaced-"  # before the name of a complete checkpoint while another of its step takes its place
 PIECE = 2**28  # bytes of rows read at once
 MEND = "delete the folder to use an earlier checkpoint"
 
@@ -131,6 +134,16 @@ def verify_files(checkpoint: Path, page: dict, names: Iterable[str] | None = Non
             check_file(checkpoint, name, page["files"][name], MEND)
     except HasteError as error:
         raise CheckpointError(str(error)) from None
+
+
+def put_back(folder: Path) -> None:
+    """What ``Saver`` had set aside to save the same step again, where it was killed before it had. Raises OSError."""
+    for path in folder.glob(f"{REPLACED}*"):
+        final = folder / path.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.replace(path, final)
 
 
 def complete(folder: Path) -> list[Path]:

@@ -1,24 +1,27 @@
 """What training, evaluation and prediction build from a config: the prepared data, the encoder and this rank's label rows."""
 
 import dataclasses
+import filecmp
 import math
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from haste_dist.classifier import Classifier, check_slice, feature_slice
-from haste_dist.config import Config, EncoderConfig, check_fan_in
+from haste_dist.config import Config, EncoderConfig, check_fan_in, save_config
 from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, model_config, tokenizer_fingerprint
 from haste_dist.engine import EncoderEngine
 from haste_dist.errors import ConfigError, DataError
-from haste_dist.label_groups import LabelOrder, head_size, load_label_order
+from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, LabelOrder, head_size, load_label_order
 from haste_dist.manifest import Manifest, read_manifest
 from haste_dist.mirror import local_copy
+from haste_dist.sealed import CHECKSUMS
 from haste_dist.sharding import label_shard
+from haste_dist.verify import CONFIG, ENCODER_FOLDER, seal_run
 from haste_dist.world import World
-
-ENCODER_FOLDER = "encoder"  # in a run folder: the encoder's configuration and tokenizer, so that the run needs nothing else
 
 
 @dataclass
@@ -93,11 +96,26 @@ def prior_bias(config: Config, manifest: Manifest) -> float:
     return math.log(share / (1 - share)) if 0 < share < 1 else 0.0
 
 
-def save_encoder_folder(run: Path, encoder: Encoder, config: Config) -> None:
-    """Writes the encoder's configuration and tokenizer beside the run, without weights."""
-    folder = run / ENCODER_FOLDER
-    encoder.model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-    load_tokenizer(config.encoder).save_pretrained(folder)
+def save_run_files(run: Path, config: Config, encoder: Encoder, prepared: Path) -> None:
+    """Writes what a run holds besides checkpoints and logs: settings, label order, encoder configuration, tokenizer, and their checksums.
+
+    All is made aside, and only what differs takes its place, file by file: a process killed here leaves what was there.
+    """
+    made = run / ".files"
+    shutil.rmtree(made, ignore_errors=True)
+    (made / ENCODER_FOLDER).mkdir(parents=True)
+    save_config(config, made / CONFIG)
+    encoder.model.config.save_pretrained(made / ENCODER_FOLDER)  # type: ignore[union-attr, operator]
+    load_tokenizer(config.encoder).save_pretrained(made / ENCODER_FOLDER)
+    for name in (LABELS_FILE, GROUPS_FILE):  # predict needs no prepared folder
+        shutil.copyfile(prepared / name, made / name)
+    seal_run(made)
+    (run / ENCODER_FOLDER).mkdir(exist_ok=True)
+    for path in sorted(made.rglob("*"), key=lambda path: path.name == CHECKSUMS):
+        place = run / path.relative_to(made)
+        if path.is_file() and not (place.is_file() and filecmp.cmp(path, place, shallow=False)):
+            os.replace(path, place)
+    shutil.rmtree(made)
 
 
 def encoder_settings_of(config: Config, run: Path) -> EncoderConfig:

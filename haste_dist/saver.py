@@ -30,12 +30,14 @@ from haste_dist.checkpoint import (
     KEPT,
     OPTIMIZER,
     PAGE,
+    REPLACED,
     SCHEMA_VERSION,
     STEP_NAME,
     RunState,
     complete,
     folder_name,
     point,
+    put_back,
     rows_file,
     step_of,
 )
@@ -49,6 +51,10 @@ from haste_dist.tensor_file import FileRecord, write_tensors
 from haste_dist.world import World
 
 LEAVE_SECONDS = 60.0  # that a run which ends by an error gives a checkpoint to be finished
+
+
+class LostRankError(RuntimeError):
+    """Another rank is gone: no mistake of the user, so starting again may help."""
 
 
 @dataclass(frozen=True)
@@ -209,10 +215,11 @@ class Saver:
             os.fsync(file.fileno())
         sync_folder(partial)
         if final.exists():  # a resumed run that saves the step it began at
-            aside = final.with_name(f".partial-old-{final.name}")
+            aside = final.with_name(f"{REPLACED}{final.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(final, aside)
         os.replace(partial, final)
+        put_back(self.folder)
         sync_folder(self.folder)
         point(self.folder, "last", state.step)
         if state.best_step == state.step:
@@ -220,11 +227,14 @@ class Saver:
         prune(self.folder, state.best_step, self.config)
 
     def _agree(self, page: dict[str, Any], partial: Path | None = None) -> list[dict[str, Any]]:
-        """The pages of all ranks. Raises CheckpointError if one tells of a problem; the first rank then removes ``partial``."""
+        """The pages of all ranks. Raises CheckpointError if one tells of a problem; the first rank then removes ``partial``.
+
+        Raises LostRankError where a rank is gone; what it was saving is pruned later.
+        """
         try:
             pages = exchange(page, self.world, self._group)
-        except RuntimeError as error:  # a rank is gone; what it was saving is pruned later
-            raise CheckpointError(f"could not save a checkpoint: the ranks lost each other ({str(error).splitlines()[0][:200]})") from None
+        except RuntimeError as error:
+            raise LostRankError(f"could not save a checkpoint: the ranks lost each other ({str(error).splitlines()[0][:200]})") from None
         problems = [one["problem"] for one in pages if one["problem"]]
         if problems:
             if self.world.is_first and partial is not None:
@@ -253,6 +263,8 @@ def prune(folder: Path, best: int, config: CheckpointConfig) -> None:
                 os.replace(path, gone)
     for path in folder.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*.part"):  # of last.json or best.json, by a process that was killed
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:

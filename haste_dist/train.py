@@ -6,7 +6,6 @@ is no special case. A step is one step of the output layer; evaluations, checkpo
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +16,28 @@ from haste_dist.augmentation import check_label_texts
 from haste_dist.centroids import check_centroids, start_from_centroids
 from haste_dist.checkpoint import RunState
 from haste_dist.collectives import StopVote, barrier
-from haste_dist.config import Config, TrainConfig, save_config
+from haste_dist.config import Config, TrainConfig
 from haste_dist.determinism import make_deterministic
 from haste_dist.engine import EncoderEngine
 from haste_dist.errors import CheckpointError
 from haste_dist.evaluate import evaluate_texts
 from haste_dist.guards import Guard, LossSpikes, dead_groups
-from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE
 from haste_dist.loader import BatchMaker, open_texts, training_batches
 from haste_dist.meters import StepTimer, encoder_work, peak_memory, stage, tail_traffic
-from haste_dist.model import Prepared, check_features, make_classifier, make_encoder, open_prepared, prior_bias, save_encoder_folder
+from haste_dist.model import Prepared, check_features, make_classifier, make_encoder, open_prepared, prior_bias, save_run_files
 from haste_dist.profiling import StepProfile
 from haste_dist.rewire import keeps_batch, rewire
+from haste_dist.run_lock import alone
 from haste_dist.runlog import RunLog
 from haste_dist.saver import Saved, Saver
 from haste_dist.schedule import due, rewire_fraction, warmup_cosine
 from haste_dist.step import train_step
 from haste_dist.trackers import check_trackers, open_trackers
-from haste_dist.verify import check_data, seal_run
+from haste_dist.verify import check_data
 from haste_dist.world import World
 
 CHECKPOINTS = "checkpoints"
+LOCK_SECONDS = 120.0  # that a start waits for ranks of an earlier one; a network file system may take long to see that they are gone
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,22 @@ def check_run(config: Config) -> Prepared:
 
 def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda: False) -> Outcome:
     """Trains until the epochs are over, patience runs out, or ``wants_stop`` turns true on any rank. Every rank calls it."""
+    with alone(Path(config.run.folder), world, min(LOCK_SECONDS, config.launch.timeout / 2)):
+        return _train(config, world, wants_stop)
+
+
+def _train(config: Config, world: World, wants_stop: Callable[[], bool]) -> Outcome:
     config = make_deterministic(config) if config.run.deterministic else config
+    run = Path(config.run.folder)
+    saved = run / CHECKPOINTS
+    with same_error(world):
+        if world.is_first:
+            checkpoint.put_back(saved)
     prepared = check_run(config)
     with same_error(world):
         if world.is_first:
             check_data(prepared.folder)
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, bias_init=prior_bias(config, prepared.manifest)))
-    run = Path(config.run.folder)
-    saved = run / CHECKPOINTS
     data = config.data
     texts = open_texts(prepared.folder, prepared.manifest, "train", data.dev_fraction, config.run.seed, data.label_texts)
     held_out = "dev" if data.dev_fraction else "test"
@@ -133,12 +141,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
     work = encoder_work(encoder)
     classifier = make_classifier(config, prepared.order, encoder.width, world)
     if world.is_first:
-        run.mkdir(parents=True, exist_ok=True)
-        save_config(config, run / "config.yaml")
-        save_encoder_folder(run, encoder, config)
-        for name in (LABELS_FILE, GROUPS_FILE):  # predict needs no prepared folder
-            shutil.copyfile(prepared.folder / name, run / name)
-        seal_run(run)
+        save_run_files(run, config, encoder, prepared.folder)
     engine = EncoderEngine(encoder, config.encoder, world)
     state, start = RunState(), checkpoint.newest(saved)
     if start is not None:

@@ -120,6 +120,7 @@ def fit(config: Config, ranks: int, on_gpu: bool, payload: dict[str, Any], tick:
     threads = config.launch.threads or max(1, int(cpus / nodes) // max(1, ranks // nodes))
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.launch.timeout)  # a hung rank answers Ray no more than its peers
+    os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "10")  # nor when it is asked to leave its groups, before it is killed
     trainer = TorchTrainer(
         rank_main,
         train_loop_config={"config": dataclasses.asdict(config), "threads": threads, "on_gpu": on_gpu, **payload},

@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 -m haste_launch.torchrun wordnet data.prepared=... r
 torchrun --nproc-per-node 2 -m haste_launch.torchrun scale bert-base --labels 10M     # the study's points of 2 ranks
 """
 
+import os
 import signal
 import sys
 import threading
@@ -37,7 +38,8 @@ def main(argv: list[str]) -> int:
         if world.is_first:
             watching = threading.Thread(target=_show, args=(Progress(Path(config.run.folder), "train"), done), daemon=True)
             watching.start()
-        train(config, world, lambda: bool(received))
+        parent = os.getppid()
+        train(config, world, lambda: bool(received) or is_orphan(parent))
         done.set()
         if watching is not None:
             watching.join()
@@ -46,6 +48,11 @@ def main(argv: list[str]) -> int:
         print(f"haste: error: {error}", file=sys.stderr, flush=True)
         return 2
     return 130 if signal.SIGINT in received else 0
+
+
+def is_orphan(parent: int) -> bool:
+    """Whether the process that started this one is gone. torchrun's ranks outlive it; they should save and end."""
+    return os.getppid() != parent
 
 
 def _scale(argv: list[str], wants_stop: Callable[[], bool]) -> int:
