@@ -204,6 +204,10 @@ class TrainConfig:
 class CheckpointConfig:
     keep: int = setting(2, "newest checkpoints that stay; the best one always does", low=1)
     keep_every: int = setting(0, "checkpoints at multiples of this many steps stay as well (0: none)", low=0)
+    store: str = setting(
+        "",
+        "object store (s3://...) or folder that each checkpoint is copied to as well; a run folder without newer ones goes on from there",
+    )
 
 
 @dataclass

@@ -158,6 +158,7 @@ def _portable(config: Config) -> Config:
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, folder="."),
+        checkpoint=dataclasses.replace(config.checkpoint, store=""),
         data=dataclasses.replace(config.data, source="", prepared=""),
         encoder=dataclasses.replace(config.encoder, name=ENCODER_FOLDER, tokenizer="", layers=0),
         output=dataclasses.replace(config.output, momentum=0.0),

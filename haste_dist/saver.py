@@ -1,8 +1,9 @@
 """Writes checkpoints behind the steps: a step waits only while this rank's tensors are copied to the host's memory.
 
 The rest is done by a thread of each rank: it writes and hashes the rank's own file, the ranks tell each other how that went, and the
-first one publishes the whole by renaming its folder, or removes it. The threads talk over a process group of their own, in the same
-order on every rank, so their messages never mix with the training thread's and neither waits for the other.
+first one publishes the whole by renaming its folder, or removes it. Then it is copied to ``checkpoint.store``, where there is one; if
+that fails the run goes on, for the checkpoint is there, and the next save tries again. The threads talk over a process group of their
+own, in the same order on every rank, so their messages never mix with the training thread's and neither waits for the other.
 
 A save waits for the one before it. All ranks learn of a failure by the same words, and the run stops by them: at the next save, at its
 end, or earlier where the loop takes ``failed`` for a wish to stop, which the ranks agree on.
@@ -41,10 +42,11 @@ from haste_dist.checkpoint import (
     rows_file,
     step_of,
 )
+from haste_dist.checkpoint_store import CheckpointStore
 from haste_dist.classifier import Classifier
 from haste_dist.config import CheckpointConfig
 from haste_dist.engine import EncoderEngine
-from haste_dist.errors import CheckpointError
+from haste_dist.errors import CheckpointError, DataError
 from haste_dist.guards import ADVICE
 from haste_dist.sealed import seal
 from haste_dist.tensor_file import FileRecord, write_tensors
@@ -67,6 +69,8 @@ class Saved:
     waited_s: float
     write_s: float
     bytes: int  # over all ranks
+    copy_s: float = 0.0  # to the store
+    copy_problem: str = ""  # why it is not there
 
 
 @dataclass
@@ -92,6 +96,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._done: Saved | None = None
         self._error: BaseException | None = None
+        self._store = CheckpointStore(config.store) if config.store else None
+        self.not_copied = ""  # why the last checkpoint is not in the store; the same on all ranks
 
     def reserve(self, classifier: Classifier) -> None:
         """Takes the host memory that saves need, as much as ``classifier.bytes()``: page-locked memory takes its time."""
@@ -200,7 +206,25 @@ class Saver:
             problem = _attempt(lambda: self._publish(job.state, files, partial, final), final)
         self._agree({"problem": problem}, partial)
         total = sum(record["bytes"] for record in files.values())
-        return dataclasses.replace(job.saved, write_s=wrote, bytes=total)
+        began = time.perf_counter()
+        self.not_copied = self._copy(final, list(records), job.state)
+        return dataclasses.replace(job.saved, write_s=wrote, bytes=total, copy_s=time.perf_counter() - began, copy_problem=self.not_copied)
+
+    def _copy(self, final: Path, names: list[str], state: RunState) -> str:
+        """Copies a published checkpoint to the store; what kept it from that, on any rank."""
+        store = self._store
+        if store is None:
+            return ""
+
+        def publish() -> None:
+            if self.world.is_first:
+                store.publish(final, retained({*store.steps(), state.step}, state.best_step, self.config))
+
+        for work in (lambda: store.upload(final, names), publish):
+            problems = [page["problem"] for page in self._exchange({"problem": _attempt(work, final)}) if page["problem"]]
+            if problems:
+                return problems[0]
+        return ""
 
     def _publish(self, state: RunState, files: dict[str, Any], partial: Path, final: Path) -> None:
         page = {
@@ -227,20 +251,21 @@ class Saver:
         prune(self.folder, state.best_step, self.config)
 
     def _agree(self, page: dict[str, Any], partial: Path | None = None) -> list[dict[str, Any]]:
-        """The pages of all ranks. Raises CheckpointError if one tells of a problem; the first rank then removes ``partial``.
-
-        Raises LostRankError where a rank is gone; what it was saving is pruned later.
-        """
-        try:
-            pages = exchange(page, self.world, self._group)
-        except RuntimeError as error:
-            raise LostRankError(f"could not save a checkpoint: the ranks lost each other ({str(error).splitlines()[0][:200]})") from None
+        """The pages of all ranks. Raises CheckpointError if one tells of a problem; the first rank then removes ``partial``."""
+        pages = self._exchange(page)
         problems = [one["problem"] for one in pages if one["problem"]]
         if problems:
             if self.world.is_first and partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"could not save a checkpoint: {problems[0]}; mend that and resume from the one before it")
         return pages
+
+    def _exchange(self, page: dict[str, Any]) -> list[dict[str, Any]]:
+        """The pages of all ranks. Raises LostRankError where one is gone; what it was saving is pruned later."""
+        try:
+            return exchange(page, self.world, self._group)
+        except RuntimeError as error:
+            raise LostRankError(f"could not save a checkpoint: the ranks lost each other ({str(error).splitlines()[0][:200]})") from None
 
 
 def retained(steps: Iterable[int], best: int, config: CheckpointConfig) -> set[int]:
@@ -288,6 +313,8 @@ def _attempt(work: Callable[[], None], final: Path) -> str:
         work()
     except OSError as error:
         return f"{final}: {error.strerror or error}"
+    except DataError as error:  # names the place itself
+        return str(error)[:500]
     return ""
 
 

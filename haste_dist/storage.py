@@ -18,6 +18,7 @@ from pyarrow import fs
 from haste_dist.errors import DataError
 from haste_dist.manifest import first_line, replacing
 
+PIECE = 2**26  # bytes copied at once
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 """What a file name's end says about how its bytes are packed."""
 
@@ -77,6 +78,12 @@ class Location:
             found = self._filesystem().get_file_info(fs.FileSelector(self._path(), allow_not_found=True))
         return sorted(self / info.base_name for info in found if info.is_file)
 
+    def folders(self) -> list[str]:
+        """Names of the folders right under this one."""
+        with self._errors("listed"):
+            found = self._filesystem().get_file_info(fs.FileSelector(self._path(), allow_not_found=True))
+        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
     def open(self) -> pa.NativeFile:
         """The file's bytes as they lie there, with seeking."""
         with self._errors("read"):
@@ -101,11 +108,35 @@ class Location:
         with self._errors("written"), self._filesystem().open_output_stream(self._path()) as out:
             out.write(data)
 
+    def upload(self, path: Path) -> None:
+        """Copies a local file there, in pieces. Where that fails, part of it may be there."""
+        if self.is_local:
+            self.local.parent.mkdir(parents=True, exist_ok=True)
+        with self._errors("written"), path.open("rb") as file, self._filesystem().open_output_stream(self._path()) as out:
+            while piece := file.read(PIECE):
+                out.write(piece)
+
+    def download(self, path: Path) -> None:
+        """Copies the file to a local path, in pieces; nothing half-copied takes its place."""
+        with replacing(path) as out:
+            for piece in self._pieces():
+                out.write(piece)
+
+    def delete_folder(self) -> None:
+        """Removes a folder and all in it."""
+        with self._errors("removed"):
+            self._filesystem().delete_dir(self._path())
+
     def delete(self) -> None:
         """Removes the file, if it is there."""
         with self._errors("removed"):
             if self._info().is_file:
                 self._filesystem().delete_file(self._path())
+
+    def _pieces(self) -> Iterator[bytes]:
+        with self._errors("read"), self._filesystem().open_input_stream(self._path()) as file:
+            while piece := file.read(PIECE):
+                yield piece
 
     def _info(self) -> fs.FileInfo:
         with self._errors("read"):

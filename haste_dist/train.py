@@ -15,6 +15,7 @@ from haste_dist.agreement import same_error
 from haste_dist.augmentation import check_label_texts
 from haste_dist.centroids import check_centroids, start_from_centroids
 from haste_dist.checkpoint import RunState
+from haste_dist.checkpoint_store import CheckpointStore
 from haste_dist.collectives import StopVote, barrier
 from haste_dist.config import Config, TrainConfig
 from haste_dist.determinism import make_deterministic
@@ -109,6 +110,18 @@ def check_run(config: Config) -> Prepared:
     return prepared
 
 
+def restore(config: Config) -> None:
+    """Fetches what ``checkpoint.store`` has that is newer than the run folder's checkpoints. Raises HasteError."""
+    if not config.checkpoint.store:
+        return
+    store = CheckpointStore(config.checkpoint.store)
+    store.check()
+    if config.run.resume != "never":
+        store.restore(Path(config.run.folder) / CHECKPOINTS)
+    elif store.steps():
+        raise CheckpointError(f"{store.place}: holds a run already; choose another checkpoint.store or run.resume=auto")
+
+
 def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda: False) -> Outcome:
     """Trains until the epochs are over, patience runs out, or ``wants_stop`` turns true on any rank. Every rank calls it."""
     with alone(Path(config.run.folder), world, min(LOCK_SECONDS, config.launch.timeout / 2)):
@@ -122,6 +135,7 @@ def _train(config: Config, world: World, wants_stop: Callable[[], bool]) -> Outc
     with same_error(world):
         if world.is_first:
             checkpoint.put_back(saved)
+            restore(config)
     prepared = check_run(config)
     with same_error(world):
         if world.is_first:
@@ -257,4 +271,6 @@ def _train(config: Config, world: World, wants_stop: Callable[[], bool]) -> Outc
         saver.wait()
         memory = peak_memory(world.device, engine.held_bytes())
         log.event("end", step=state.step, reason=reason, best=state.best, best_step=state.best_step, **memory)
+    if saver.not_copied:
+        raise CheckpointError(f"training ended ({reason}), but its last checkpoint is in {saved} alone: {saver.not_copied}")
     return Outcome(reason, state.step, state.best, state.best_step)

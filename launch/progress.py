@@ -82,6 +82,10 @@ class Progress:
         values = "  ".join(f"{name} {100 * event[name]:.2f}" for name in ("P@1", "P@3", "P@5", "PSP@1", "PSP@5") if name in event)
         self._say(f"epoch {event['epoch']:.2f}  {event['split']}: {values}  ({event['seconds']:.1f} s)")
 
+    def _on_checkpoint(self, event: dict[str, Any]) -> None:
+        if event.get("copy_problem"):
+            self._say(f"the checkpoint of step {event['step']:,} is in the run folder alone: {event['copy_problem']}")
+
     def _on_failure(self, event: dict[str, Any]) -> None:
         again = f"going on from step {event['step']:,}" if event["step"] else "starting over"
         lost = f", {event['lost_steps']:,} steps lost" if event["lost_steps"] else ""

@@ -33,9 +33,10 @@ ECHO_SECONDS = 1.0  # a signal may come twice at once: to the process, and to it
 
 def train(config: Config) -> int:
     """Trains on all ranks; returns the exit status. Raises Interrupted after a stop by Ctrl-C, and HasteError."""
-    from haste_dist.train import check_run
+    from haste_dist.train import check_run, restore
 
     config = absolute_paths(config)
+    restore(config)
     prepared = check_run(config)
     with ray_session(config):
         check_memory(config, prepared)
@@ -256,6 +257,9 @@ def absolute_paths(config: Config) -> Config:
         config,
         run=dataclasses.replace(config.run, folder=os.path.abspath(config.run.folder)),
         data=dataclasses.replace(config.data, prepared=str(whole_address(config.data.prepared)) if config.data.prepared else ""),
+        checkpoint=dataclasses.replace(
+            config.checkpoint, store=str(whole_address(config.checkpoint.store)) if config.checkpoint.store else ""
+        ),
     )
     encoder = {
         name: os.path.abspath(getattr(config.encoder, name))

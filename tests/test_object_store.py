@@ -1,5 +1,7 @@
-"""Source and prepared folder in an object store: a real server that speaks S3, on this machine."""
+"""Source, prepared folder and checkpoints in an object store: a real server that speaks S3, on this machine."""
 
+import contextlib
+import copy
 import shutil
 import subprocess
 import sys
@@ -8,20 +10,26 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from in_turn import LABELS, contents, run_in_turn, settings
 from pyarrow import fs
 from raw_sources import json_lines, make_texts, make_wordpiece, write_lines, write_source
-from tiny import free_port, haste
+from tiny import free_port, haste, make_prepared, read_losses, run_ranks
 
 import haste_dist.prepare
+from haste_dist.checkpoint import complete
 from haste_dist.config import Config
-from haste_dist.errors import DataError
+from haste_dist.errors import CheckpointError, DataError
 from haste_dist.manifest import open_split
 from haste_dist.mirror import copy_folder, local_copy
 from haste_dist.model import open_prepared
 from haste_dist.prepare import prepare
+from haste_dist.runlog import read_events
 from haste_dist.storage import Location
+from haste_dist.train import train
+from haste_dist.verify import verify
+from haste_dist.world import World, join_world
 
 pytest.importorskip("moto", reason="needs moto's S3 server")
 TRAIN, TEST = make_texts(70, LABELS), make_texts(20, LABELS, "s")
@@ -47,7 +55,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fs.S3FileSystem]
                 break
             except OSError:
                 time.sleep(0.1)
-        filesystem = fs.S3FileSystem(endpoint_override=environment["AWS_ENDPOINT_URL"], allow_bucket_creation=True)
+        filesystem = fs.S3FileSystem(
+            endpoint_override=environment["AWS_ENDPOINT_URL"], allow_bucket_creation=True, allow_bucket_deletion=True
+        )
         filesystem.create_dir("lake")
         yield filesystem
     server.terminate()
@@ -125,3 +135,79 @@ def test_the_command_from_store_to_store(tmp_path: Path, store: fs.S3FileSystem,
     assert done.returncode == 0, done.stderr
     assert "90 rows written" in done.stdout
     assert open_split(open_prepared(config).folder, open_prepared(config).manifest, "train").num_rows == 70
+
+
+def train_some(world: World, config: Config) -> None:
+    train(config, world)
+
+
+def keys(store: fs.S3FileSystem, folder: str) -> set[str]:
+    found = store.get_file_info(fs.FileSelector(folder, recursive=True))
+    return {info.path.removeprefix(f"{folder}/") for info in found if info.is_file}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_store_on_another_machine(tmp_path: Path, store: fs.S3FileSystem) -> None:
+    """Two ranks copy checkpoints behind the steps; a run in an empty folder, on one rank, goes on from the newest that is whole there."""
+    config = make_prepared(tmp_path, overrides=["train.max_steps=30", "train.evaluate_every=1", "train.checkpoint_every=5"])
+    config.checkpoint.store = "s3://lake/runs/one"
+    unbroken, stopped = copy.deepcopy(config), copy.deepcopy(config)
+    unbroken.run.folder, unbroken.checkpoint.store = f"{config.run.folder}-unbroken", ""
+    train(unbroken, join_world("cpu"))
+    stopped.train.max_steps = 20
+    run_ranks(2, train_some, stopped)
+    saved = Path(stopped.run.folder) / "checkpoints"
+    assert {name.partition("/")[0] for name in keys(store, "lake/runs/one")} == {path.name for path in complete(saved)}
+    for path in complete(saved):
+        assert {f"{path.name}/{file.name}" for file in path.iterdir()} <= keys(store, "lake/runs/one")
+
+    shutil.rmtree(stopped.run.folder)  # another machine
+    torn = "lake/runs/one/step-00000099/encoder.safetensors"  # a save that was killed before it was published
+    with store.open_output_stream(torn) as file:
+        file.write(b"half")
+    train(config, join_world("cpu"))
+    assert [e["step"] for e in read_events(config.run.folder) if e["event"] == "start"] == [20]
+    np.testing.assert_allclose(read_losses(config.run.folder), read_losses(unbroken.run.folder)[20:], rtol=1e-5)
+    verify(config.run.folder)
+    assert not any(name.startswith("step-00000099") for name in keys(store, "lake/runs/one"))
+
+    page = f"lake/runs/one/{complete(saved)[-1].name}/encoder.safetensors"
+    data = bytearray(store.open_input_stream(page).read())
+    data[-3] ^= 1
+    with store.open_output_stream(page) as file:
+        file.write(bytes(data))
+    shutil.rmtree(config.run.folder)
+    with pytest.raises(CheckpointError, match=r"s3://lake/runs/one/step-00000030: encoder.safetensors: damaged"):
+        train(config, join_world("cpu"))
+    assert not list(saved.glob("*"))
+    config.run.resume = "never"
+    with pytest.raises(CheckpointError, match="s3://lake/runs/one: holds a run already"):
+        train(config, join_world("cpu"))
+
+
+def test_a_store_that_fails_costs_the_copies_only(tmp_path: Path, store: fs.S3FileSystem) -> None:
+    """The bucket is gone between two saves: the run goes on, tells, and ends with one line; what it saved here loads."""
+    store.create_dir("pond")
+    config = make_prepared(tmp_path, overrides=["train.max_steps=20", "train.evaluate_every=0", "train.checkpoint_every=5"])
+    config.checkpoint.store = "s3://pond/run"
+    run = Path(config.run.folder)
+
+    def drain() -> bool:
+        while (run / "checkpoints/step-00000010").is_dir() and store.get_file_info("pond").type == fs.FileType.Directory:
+            with contextlib.suppress(OSError):  # a file came in meanwhile
+                store.delete_dir("pond")
+        return False
+
+    with pytest.raises(CheckpointError, match=r"training ended \(max_steps\), but its last .* alone: s3://pond/run/.* cannot be") as caught:
+        train(config, join_world("cpu"), drain)
+    assert "\n" not in str(caught.value)
+    told = {e["step"]: e["copy_problem"] for e in read_events(run) if e["event"] == "checkpoint"}
+    assert not told[5]
+    assert told[20].startswith("s3://pond/run/step-00000020/")
+    verify(run)
+    with pytest.raises(DataError, match=r"s3://pond/run/writable: cannot be written"):  # it is not begun without its store
+        train(config, join_world("cpu"))
+    store.create_dir("pond")
+    config.train.max_steps = 25
+    assert train(config, join_world("cpu")).step == 25
+    assert any(name.startswith("step-00000025/") for name in keys(store, "pond/run"))
