@@ -44,6 +44,7 @@ class RunState:
     best: float = -1.0  # of the metric that picks the best checkpoint
     best_step: int = -1
     worse: int = 0  # evaluations since the best one
+    skipped: int = 0  # batches that were passed over
 
 
 def folder_name(step: int) -> str:

@@ -194,6 +194,12 @@ class TrainConfig:
     evaluate_rows: int = setting(0, "texts an evaluation during training uses (0: all)", low=0)
     checkpoint_every: int = setting(0, "steps between checkpoints besides those after evaluations (0: none)", low=0)
     profile: int = setting(0, "steps that torch.profiler records after the first ten, into the run folder's profile/ (0: none)", low=0)
+    skip_batches: int = setting(
+        0,
+        "batches whose embeddings are not finite that a run passes over, updating nothing, before it stops at one; 0: stop at the first;"
+        " otherwise each step waits for the GPU between encoder and output layer",
+        low=0,
+    )
     patience: int = setting(0, "evaluations without a better metric before training stops (0: never)", low=0)
     metric: str = setting(
         "P@1", "which metric picks the best checkpoint", choices=("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5", "nDCG@5", "R@10")

@@ -4,6 +4,9 @@ No step waits for the device. The largest magnitude of each watched tensor is co
 has arrived; NaN and infinity survive a maximum. A rank that finds one asks all ranks to stop, and they raise the same error together,
 before anything of that state is saved. Logits are never kept, but none can be wrong unseen: their gradient is, and dx with it.
 
+``train.skip_batches`` passes over a batch instead, where that is exact: if its embeddings are not finite, nothing has been updated by
+it yet, and every rank has all of them and sees the same. The host must wait for them. What turns bad later has changed the output layer.
+
 Letters: B padded rows of this rank, N rows of the global batch, D width, T tail groups of this rank.
 """
 
@@ -49,8 +52,10 @@ class Look:
 class Guard:
     """Watches the tensors of each step of this rank."""
 
-    def __init__(self, run: Path, world: World):
-        self.run, self.world = run, world
+    def __init__(self, run: Path, world: World, allowed: int = 0, skipped: int = 0):
+        """``allowed``: batches that may be passed over, of which ``skipped`` were."""
+        self.run, self.world, self.allowed, self.skipped = run, world, allowed, skipped
+        self.skipped_steps: deque[int] = deque(maxlen=1024)
         self._looks: deque[Look] = deque()
         self._batches: deque[tuple[int, Batch]] = deque(maxlen=LATE + 2)
         self._found: dict[str, object] = {}
@@ -67,6 +72,20 @@ class Guard:
         self._batches.append((step, batch))
         while len(self._looks) > 1 and (len(self._looks) > LATE or _is_there(self._looks[0])):
             self._read()
+
+    def skips(self, step: int, batch: Batch, x_ND: Tensor) -> bool:
+        """Whether the batch of ``step`` is passed over; then it is kept. The same on each rank. Waits for the device if any may be."""
+        if self.skipped >= self.allowed or bool(x_ND.isfinite().all()):
+            return False
+        self._batches.append((step, batch))
+        self._keep(step)
+        self.skipped += 1
+        self.skipped_steps.append(step)
+        return True
+
+    def skipped_since(self, step: int) -> int:
+        """How many batches after ``step`` were passed over."""
+        return sum(one > step for one in self.skipped_steps)
 
     def tripped(self) -> bool:
         """Whether this rank has found a tensor that is not finite."""

@@ -27,6 +27,8 @@ from haste_dist.loader import Batch
 from haste_dist.world import World
 from haste_kernels import merge_topk
 
+GRADIENT = "the gradient of the encoder"
+
 
 def train_step(
     engine: EncoderEngine,
@@ -44,7 +46,8 @@ def train_step(
     keep: bool = False,
     guard: Guard | None = None,
 ) -> Tensor | None:
-    """Steps the output layer, and the encoder where an accumulation ends. Returns the loss of the global batch if wanted.
+    """Steps the output layer, and the encoder where an accumulation ends. Returns the loss of the global batch if wanted, None where the
+    guard passes the batch over: then nothing has changed by it.
 
     ``passes``: encoder passes that this batch is cut into; ``accumulation``: steps an encoder update, whose gradient is their mean.
     ``keep``: the output layer keeps the batch for the next rewiring; ``guard`` looks at the numbers of the step.
@@ -65,6 +68,11 @@ def train_step(
     x_BD = torch.cat([x.detach() for x in x_bD])
     x_ND = gather_rows(x_BD, batch.rows, world)
     labels_NM = gathering.wait()
+    updates = engine.trains and (step + 1) % accumulation == 0
+    if guard is not None and guard.skips(step + 1, batch, x_ND):
+        if updates and guard.skipped_since(step + 1 - accumulation) < accumulation:  # other batches of this update were sound
+            guard.watch(step + 1, batch, **{GRADIENT: engine.step(lr_encoder)})
+        return None
     dx_ND, loss = classifier.step(x_ND, labels_NM, lr_output, step, want_loss)
     if keep:
         classifier.keep(x_ND, labels_NM, step)
@@ -74,11 +82,11 @@ def train_step(
         dx_bD = dx_BD.tensor_split(passes)
         for i in reversed(range(passes)):
             engine.backward(x_bD[i] if i == passes - 1 else forward(i, graph=True), dx_bD[i])
-        if (step + 1) % accumulation == 0:
+        if updates:
             norm = engine.step(lr_encoder)
     if guard is not None:
         seen = {"x (embeddings)": x_BD, "dx (their gradient)": dx_ND}
-        guard.watch(step + 1, batch, **seen, **({} if norm is None else {"the gradient of the encoder": norm}))
+        guard.watch(step + 1, batch, **seen, **({} if norm is None else {GRADIENT: norm}))
     return sum_over_ranks(loss, world) if loss is not None else None
 
 

@@ -187,7 +187,7 @@ def _train(config: Config, world: World, wants_stop: Callable[[], bool]) -> Outc
     def tell(done: Saved) -> None:
         log.event("checkpoint", **dataclasses.asdict(done))
 
-    guard, spikes = Guard(run, world), LossSpikes()
+    guard, spikes = Guard(run, world, config.train.skip_batches, state.skipped), LossSpikes()
     saver = Saver(saved, config.checkpoint, world, prepared.order.fingerprint, tell)
     saver.reserve(classifier)
 
@@ -248,6 +248,9 @@ def _train(config: Config, world: World, wants_stop: Callable[[], bool]) -> Outc
                 keep=keeps_batch(config.rewire, state.step, plan.total),
                 guard=guard,
             )
+            if guard.skipped > state.skipped:
+                state.skipped = guard.skipped
+                log.event("skipped", step=state.step, skipped=state.skipped, left=config.train.skip_batches - state.skipped)
             fraction = rewire_fraction(state.step, plan.total, config.rewire.interval, config.rewire.until, config.rewire.fraction)
             if fraction:
                 done = rewire(classifier, config.rewire, fraction, state.step, world)

@@ -86,6 +86,11 @@ class Progress:
         if event.get("copy_problem"):
             self._say(f"the checkpoint of step {event['step']:,} is in the run folder alone: {event['copy_problem']}")
 
+    def _on_skipped(self, event: dict[str, Any]) -> None:
+        self._say(
+            f"step {event['step']:,} was passed over, its embeddings are not finite (kept in bad-batches); {event['left']:,} more may be"
+        )
+
     def _on_failure(self, event: dict[str, Any]) -> None:
         again = f"going on from step {event['step']:,}" if event["step"] else "starting over"
         lost = f", {event['lost_steps']:,} steps lost" if event["lost_steps"] else ""

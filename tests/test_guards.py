@@ -13,6 +13,7 @@ from tiny import make_prepared, run_ranks
 
 from haste_dist.checkpoint import newest
 from haste_dist.config import Config
+from haste_dist.engine import EncoderEngine
 from haste_dist.errors import DataError, HasteError
 from haste_dist.guards import Guard, LossSpikes, dead_groups, load_batch, save_batch
 from haste_dist.loader import Batch
@@ -92,6 +93,69 @@ def test_all_ranks_stop_at_one_rank_s_bad_number(tmp_path: Path) -> None:
     assert len({*batches[0].texts, *batches[1].texts}) == 16
     assert (found := newest(run / "checkpoints")) is not None
     assert found.name == "step-00000004"
+
+
+def bad_embeddings(patch: pytest.MonkeyPatch, world: World, steps: set[int], rank: int) -> None:
+    """The encoder gives NaN in these steps of a run, on one rank."""
+    real, calls = EncoderEngine.forward, []
+
+    def forward(self: EncoderEngine, *words: object) -> torch.Tensor:
+        calls.append(1)
+        x = real(self, *words)  # type: ignore[arg-type]
+        return x * math.nan if len(calls) in steps and world.rank == rank else x
+
+    patch.setattr(EncoderEngine, "forward", forward)
+
+
+def train_past_bad_batches(world: World, config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        bad_embeddings(patch, world, {5, 9}, rank=1)
+        train(config, world)
+
+
+def files_of(config: Config, step: int) -> dict:
+    return unseal((Path(config.run.folder) / f"checkpoints/step-{step:08d}/state.json").read_bytes())["files"]
+
+
+def test_a_bad_batch_is_passed_over_and_changes_nothing(tmp_path: Path) -> None:
+    """One rank's embeddings are NaN in steps 5 and 9; both ranks pass over them, and all weights and moments stay bit for bit."""
+    words = ["train.skip_batches=2", "train.checkpoint_every=1", "checkpoint.keep=20", "train.max_steps=12", "train.evaluate_every=0"]
+    config = make_prepared(tmp_path, overrides=words)
+    run_ranks(2, train_past_bad_batches, config)
+    for step in (5, 9):
+        assert files_of(config, step) == files_of(config, step - 1)
+        assert files_of(config, step + 1) != files_of(config, step)
+        assert load_batch(Path(config.run.folder) / f"bad-batches/step-{step:08d}-rank-00001.safetensors").rows == 16
+    assert [(e["step"], e["left"]) for e in read_events(config.run.folder) if e["event"] == "skipped"] == [(5, 1), (9, 0)]
+    whole = copy.deepcopy(config)
+    whole.run.folder, whole.train.skip_batches = f"{config.run.folder}-whole", 0
+    train(whole, join_world("cpu"))
+    lost = {e["step"] for e in read_events(whole.run.folder) if e["event"] == "step"} - {
+        e["step"] for e in read_events(config.run.folder) if e["event"] == "step"
+    }
+    assert lost == {5, 9}  # no loss is told of a batch that was passed over
+
+
+def test_the_bound_holds_over_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train.skip_batches=2", "train.checkpoint_every=1", "train.max_steps=6", "train.evaluate_every=0"]
+    config, world = make_prepared(tmp_path, overrides=words), join_world("cpu")
+    bad_embeddings(monkeypatch, world, {2, 4, 8}, rank=0)
+    train(config, world)
+    config.train.max_steps = 12
+    with pytest.raises(HasteError, match=r"the loss became nan at step 8; first seen at step 8 in x \(embeddings\)"):
+        train(config, world)
+    assert len(list(Path(config.run.folder).glob("bad-batches/*"))) == 3
+
+
+def test_an_update_of_the_encoder_counts_the_sound_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches an update: of one update the second is bad, of the next both."""
+    words = ["train.skip_batches=9", "train.accumulation=2", "train.checkpoint_every=2", "checkpoint.keep=9", "train.max_steps=8"]
+    config, world = make_prepared(tmp_path, overrides=[*words, "train.evaluate_every=0"]), join_world("cpu")
+    bad_embeddings(monkeypatch, world, {4, 5, 6}, rank=0)
+    train(config, world)
+    encoders = [files_of(config, step)["encoder.safetensors"]["sha256"] for step in (2, 4, 6, 8)]
+    assert encoders[0] != encoders[1] == encoders[2] != encoders[3]
+    assert files_of(config, 4) == files_of(config, 6)
 
 
 @pytest.mark.parametrize(("frozen", "what"), [(False, "in the gradient of the encoder"), (True, "the loss became (nan|inf)")])
