@@ -70,8 +70,9 @@ def train_step(
     labels_NM = gathering.wait()
     updates = engine.trains and (step + 1) % accumulation == 0
     if guard is not None and guard.skips(step + 1, batch, x_ND):
-        if updates and guard.skipped_since(step + 1 - accumulation) < accumulation:  # other batches of this update were sound
-            guard.watch(step + 1, batch, **{GRADIENT: engine.step(lr_encoder)})
+        others = guard.skipped_since(step + 1 - accumulation) < accumulation  # batches of this update that were sound
+        if updates and others and (norm := engine.step(lr_encoder)) is not None:
+            guard.watch(step + 1, batch, **{GRADIENT: norm})
         return None
     dx_ND, loss = classifier.step(x_ND, labels_NM, lr_output, step, want_loss)
     if keep:
