@@ -6,6 +6,8 @@ OUT/
   model.json           what predict.py must know of the layer
   output.safetensors   head and tail: weights, biases, indices, in the precision they were trained in; no optimizer state
   encoder/             Hugging Face layout: config.json, model.safetensors, tokenizer
+  dense.safetensors    on request: weight (labels, width) and bias in the order of label ids
+  model.onnx           on request: the whole model, tokens in, a logit a label id out
   labels.arrow, groups.json, config.yaml, calibration.json (where there is one), checksums.json    for haste predict and haste verify
 """
 
@@ -27,6 +29,7 @@ from haste_dist import calibration, checkpoint, plain_predict
 from haste_dist.checkpoint import ENCODER, load_rows
 from haste_dist.classifier import Classifier, feature_slice
 from haste_dist.config import Config, load_config, save_config
+from haste_dist.dense import dense_layer, write_onnx
 from haste_dist.encoder import Encoder, build_encoder, load_tokenizer
 from haste_dist.errors import CheckpointError, DataError, HasteError
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, LabelOrder, load_label_order
@@ -42,8 +45,11 @@ TENSORS = ("head.weight", "head.bias", "tail.weight", "tail.index", "tail.bias")
 AGAIN = "run haste export again"
 
 
-def export(run: str | Path, out: str | Path, checkpoint_name: str = "best") -> Path:
-    """Writes ``out`` in one step from a checkpoint of ``run``; returns it. Raises HasteError; then nothing is left behind."""
+def export(run: str | Path, out: str | Path, checkpoint_name: str = "best", form: str = "sparse") -> Path:
+    """Writes ``out`` in one step from a checkpoint of ``run``; returns it. Raises HasteError; then nothing is left behind.
+
+    ``form``: dense or onnx adds what dense.py makes, for few labels.
+    """
     run, out = Path(run), Path(out)
     if not (run / "config.yaml").is_file() or is_export(run):
         raise CheckpointError(f"{run}: no run folder; haste train makes one")
@@ -58,7 +64,7 @@ def export(run: str | Path, out: str | Path, checkpoint_name: str = "best") -> P
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        _write_encoder(part / ENCODER_FOLDER, config, run, load_file(found / ENCODER))
+        encoder = _write_encoder(part / ENCODER_FOLDER, config, run, load_file(found / ENCODER))
         tensors = _joined(found, page)
         write_tensors(part / OUTPUT, tensors, dict.fromkeys(tensors, "0"))
         for name in (LABELS_FILE, GROUPS_FILE):
@@ -68,14 +74,17 @@ def export(run: str | Path, out: str | Path, checkpoint_name: str = "best") -> P
         shutil.copyfile(plain_predict.__file__, part / "predict.py")
         width = json.loads((part / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))["hidden_size"]
         described = _describe(config, order, width)
+        if form != "sparse":
+            _write_dense(part, form, encoder, *dense_layer(tensors, described, order.row_of_label))
         (part / PAGE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         (part / "README.md").write_text(_card(run, described, config, page["state"]["step"]), encoding="utf-8")
         save_config(_portable(config), part / "config.yaml")
         seal_folder(part, (path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file()))
         os.replace(part, out)
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise DataError(f"{out}: cannot be written ({error.strerror or error}); free some space or name another folder") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return out
 
 
@@ -112,13 +121,21 @@ def _fits(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder}: does not fit its own settings ({str(error).splitlines()[0]}); {AGAIN}") from None
 
 
-def _write_encoder(folder: Path, config: Config, run: Path, weights: dict[str, Tensor]) -> None:
+def _write_encoder(folder: Path, config: Config, run: Path, weights: dict[str, Tensor]) -> Encoder:
     settings = encoder_settings_of(config, run)
     tokenizer = load_tokenizer(settings)
     encoder = build_encoder(settings, len(tokenizer), int(tokenizer.pad_token_id), config.data.max_length, pretrained=False)
     encoder.load_state_dict(weights)
     encoder.model.save_pretrained(folder, max_shard_size="1TB")  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
+    return encoder
+
+
+def _write_dense(folder: Path, form: str, encoder: Encoder, weight_LD: Tensor, bias_L: Tensor) -> None:
+    if form == "onnx":
+        write_onnx(folder / "model.onnx", encoder, weight_LD, bias_L)
+    else:
+        write_tensors(folder / "dense.safetensors", {"weight": weight_LD, "bias": bias_L})
 
 
 def _joined(found: Path, page: dict[str, Any]) -> dict[str, Tensor]:

@@ -91,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help=RUN)
     export.add_argument("out", metavar="OUT", help="folder to write; must not exist yet")
     export.add_argument("--checkpoint", default="best", metavar="NAME", help=CHECKPOINT)
+    export.add_argument(
+        "--format",
+        default="sparse",
+        choices=("sparse", "dense", "onnx"),
+        help="also the output layer as a dense matrix, or the whole model as ONNX, for few labels (default sparse: neither)",
+    )
 
     verify = commands.add_parser(
         "verify",

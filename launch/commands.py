@@ -108,7 +108,7 @@ def export(args: Namespace) -> int:
     run_config(args.run, [])
     from haste_dist.export import export as export_run
 
-    print(export_run(args.run, args.out, args.checkpoint))
+    print(export_run(args.run, args.out, args.checkpoint, args.format))
     return 0
 
 

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from test_checkpoint import classifier
 from tiny import haste, make_prepared
+from transformers import AutoModel, AutoTokenizer
 
 from haste_dist.checkpoint import rows_file
 from haste_dist.config import Config
+from haste_dist.dense import dense_layer
 from haste_dist.errors import HasteError
 from haste_dist.export import _joined, export
 from haste_dist.predictor import Predictor
@@ -63,10 +66,39 @@ def test_an_exported_run_predicts_as_the_run_does(trained: Config, tmp_path: Pat
     assert "| P@1 | " in card
 
 
+def test_a_dense_layer_and_onnx_give_the_run_s_logits(trained: Config, tmp_path: Path) -> None:
+    import onnxruntime
+
+    expected_ids, scores = Predictor(trained.run.folder, "last", "cpu").predict(TEXTS, 101)
+    expected = np.take_along_axis(scores, np.argsort(expected_ids), 1)  # by label id
+
+    export(trained.run.folder, tmp_path / "onnx", "last", "onnx")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "onnx/encoder")
+    tokens = dict(tokenizer(TEXTS, truncation=True, max_length=16, padding=True, return_tensors="np"))
+    session = onnxruntime.InferenceSession(tmp_path / "onnx/model.onnx", providers=["CPUExecutionProvider"])
+    given = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    np.testing.assert_allclose(session.run(["logits"], given)[0], expected, rtol=1e-4, atol=1e-4)
+    one = {name: values[1:2, :5] for name, values in given.items()}  # another number of texts and of tokens
+    np.testing.assert_allclose(session.run(["logits"], one)[0], expected[1:2], rtol=1e-4, atol=1e-4)
+    assert any(name.endswith("model.onnx") for name in verify(tmp_path / "onnx"))
+
+    out = export(trained.run.folder, tmp_path / "dense", "last", "dense")
+    dense = load_file(out / "dense.safetensors")
+    encoder = AutoModel.from_pretrained(out / "encoder").eval()
+    pytorch = {name: torch.from_numpy(values) for name, values in given.items()}
+    with torch.no_grad():
+        hidden, mask = encoder(**pytorch).last_hidden_state, pytorch["attention_mask"][..., None]
+        x = hidden[:, 0] if trained.encoder.pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
+        x = torch.nn.functional.normalize(x, dim=-1) if trained.encoder.normalize else x
+    np.testing.assert_allclose((x @ dense["weight"].T + dense["bias"]).numpy(), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(HasteError, match=r"larger than 1\.8 GB; export it as it is"):
+        dense_layer({}, {"labels": 10**6, "width": 768, "head_rows": 0}, np.arange(1))
+
+
 @pytest.mark.parametrize("trained", ENCODERS[:1], ids=["mean"], indirect=True)
 def test_the_command_and_its_refusals(trained: Config, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = haste("export", trained.run.folder, str(out), "--checkpoint", "last")
+    done = haste("export", trained.run.folder, str(out), "--checkpoint", "last", "--format", "dense")
     assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     said = haste("predict", str(out), "--text", TEXTS[0], "launch.device=cpu")
