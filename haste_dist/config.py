@@ -38,9 +38,7 @@ class RunConfig:
         default_factory=lambda: ["tensorboard"],
         metadata={"doc": "where numbers are drawn too: tensorboard, mlflow, wandb (docs/launch.md)"},
     )
-    deterministic: bool = setting(
-        False, "the same bits in each run on the same ranks and GPU: fixed order of sums everywhere, slower (sets output.deterministic)"
-    )
+    deterministic: bool = setting(False, "same bits in each run on the same ranks and GPU: sums in fixed order, slower (sets output's too)")
 
 
 @dataclass
@@ -194,12 +192,7 @@ class TrainConfig:
     evaluate_rows: int = setting(0, "texts an evaluation during training uses (0: all)", low=0)
     checkpoint_every: int = setting(0, "steps between checkpoints besides those after evaluations (0: none)", low=0)
     profile: int = setting(0, "steps that torch.profiler records after the first ten, into the run folder's profile/ (0: none)", low=0)
-    skip_batches: int = setting(
-        0,
-        "batches whose embeddings are not finite that a run passes over, updating nothing, before it stops at one; 0: stop at the first;"
-        " otherwise each step waits for the GPU between encoder and output layer",
-        low=0,
-    )
+    skip_batches: int = setting(0, "batches with embeddings not finite to pass over before a run stops; above 0, steps wait", low=0)
     patience: int = setting(0, "evaluations without a better metric before training stops (0: never)", low=0)
     metric: str = setting(
         "P@1", "which metric picks the best checkpoint", choices=("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5", "nDCG@5", "R@10")
@@ -210,10 +203,7 @@ class TrainConfig:
 class CheckpointConfig:
     keep: int = setting(2, "newest checkpoints that stay; the best one always does", low=1)
     keep_every: int = setting(0, "checkpoints at multiples of this many steps stay as well (0: none)", low=0)
-    store: str = setting(
-        "",
-        "object store (s3://...) or folder that each checkpoint is copied to as well; a run folder without newer ones goes on from there",
-    )
+    store: str = setting("", "object store (s3://...) or folder to copy checkpoints to; a run folder without newer ones goes on from there")
 
 
 @dataclass
