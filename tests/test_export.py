@@ -69,7 +69,7 @@ def test_an_exported_run_predicts_as_the_run_does(trained: Config, tmp_path: Pat
 def test_a_dense_layer_and_onnx_give_the_run_s_logits(trained: Config, tmp_path: Path) -> None:
     import onnxruntime
 
-    expected_ids, scores = Predictor(trained.run.folder, "last", "cpu").predict(TEXTS, 101)
+    expected_ids, scores = Predictor(trained.run.folder, "last", "cpu").topk(TEXTS, 101)
     expected = np.take_along_axis(scores, np.argsort(expected_ids), 1)  # by label id
 
     export(trained.run.folder, tmp_path / "onnx", "last", "onnx")
