@@ -96,7 +96,7 @@ def test_a_job_is_followed_left_stopped_and_resumed(cluster: Cluster, config: Co
     assert watching.stdout is not None
     assert watching.stdout.readline().startswith("training on 192 texts, 101 labels, ")
     watching.send_signal(signal.SIGINT)
-    _, said = watching.communicate(timeout=60)
+    _, said = watching.communicate(timeout=120)
     assert (watching.returncode, said.count("\n")) == (130, 1), said
     assert said.startswith("haste: interrupted: job mine-1 goes on; ")
     assert " running " in cluster.haste("jobs").stdout.splitlines()[1]

@@ -1,6 +1,7 @@
 """The run log: what is written can be read, torn lines do no harm, TensorBoard gets the numbers; and measured records."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ def test_numbers_reach_tensorboard(tmp_path: Path) -> None:
         for step in (1, 2, 3):
             log.step(step=step, epoch=0.5, loss=10.0 / step, note="text")
         log.event("eval", step=2, split="test", **{"P@1": 0.25})
+    time.sleep(1.1)  # files are read in order of their names, in which a second comes first and then a count: 10 before 9
     with RunLog(tmp_path, trackers=[TensorBoard(tmp_path, 2)]) as log:
         log.step(step=2, loss=7.0)
     scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

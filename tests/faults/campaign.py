@@ -15,7 +15,7 @@ writer    a rank, by itself, before a random one of its operations on checkpoint
 After each kill, before ranks start again: every checkpoint that looks complete has right checksums and, bit for bit, the tensors and
 the state of a run that nothing disturbed; the pointers lead to one; the run folder verifies. From the log: every loss is that of the
 undisturbed run, a run goes on from the newest checkpoint that was ever published, and at most the steps since the save before are lost:
-a step waits for the save before the last, so that is less than two intervals. And training goes on within a minute.
+the step that saves waits for the save before it, so that is at most two intervals. And training goes on within a minute.
 """
 
 import argparse

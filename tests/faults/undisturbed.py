@@ -109,6 +109,6 @@ def read_history(run: Path, reference: Reference, result: Result) -> None:
             result.lost.append(max(0, reached - event["step"]))
             if event["step"] < published:
                 result.silent.append(f"{run}: step {published} had been published, went on from {event['step']}")
-            if reached - event["step"] >= 2 * INTERVAL:
+            if reached - event["step"] > 2 * INTERVAL:
                 result.silent.append(f"{run}: {reached - event['step']} steps lost")
             reached = event["step"]
