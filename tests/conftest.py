@@ -2,9 +2,11 @@
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch, Triton and Ray load. Ranks and workers inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,14 +25,40 @@ settings.register_profile("haste", deadline=None, derandomize=bool(os.environ.ge
 settings.load_profile("haste")
 
 
-@pytest.fixture(scope="session")
-def ray_session():
-    """A Ray of two CPUs on this machine, shared by the tests that need one and stopped at the end."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With --dist=loadgroup one worker runs all that starts clusters and ranks, one after another, beside the others."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group("slow"))
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    """A Ray of two CPUs on this machine, shared by the tests of a file that need one."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**27, _node_ip_address="127.0.0.1", **quiet)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_on() -> Iterator[None]:
+    """What a test switches on for the whole process would change those after it."""
+    before = switched_on()
+    yield
+    assert switched_on() == before, "this test leaves it as it is now"
+
+
+def switched_on() -> dict[str, bool]:
+    """Process-wide switches, of the libraries that are loaded."""
+    ray, torch = sys.modules.get("ray"), sys.modules.get("torch")
+    return {
+        "ray": ray is not None and ray.is_initialized(),
+        "deterministic": torch is not None and torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from haste_launch.estimator import HasteClassifier
 @pytest.mark.slow
 def test_the_documented_example_trains() -> None:
     tests = doctest.DocTestFinder().find(HasteClassifier, globs=vars(estimator))
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)  # else pytest -v speaks to it too
     said: list[str] = []
     for test in tests:
         runner.run(test, out=said.append, clear_globs=False)

@@ -197,24 +197,13 @@ def test_a_killed_embedding_goes_on(config: Config, tmp_path: Path, monkeypatch:
     np.testing.assert_array_equal(again.vectors, whole.vectors.astype(np.float16))
 
 
-def test_workers_make_the_same_vectors(config: Config, ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_make_the_same_vectors(config: Config, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     config.groups.features = "tfidf"
     monkeypatch.setattr(label_embeddings, "FEW", {"tfidf": 0})
     through_ray = embed(config)
     monkeypatch.setattr(label_embeddings, "_Worker", None)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     np.testing.assert_array_equal(through_ray.vectors, embed(config).vectors)
-
-
-@pytest.fixture
-def ray_here() -> Iterator[None]:
-    import ray
-
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**27, _node_ip_address="127.0.0.1", log_to_driver=False
-    )
-    yield
-    ray.shutdown()
 
 
 def test_another_encoder_reads_the_words_anew(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from ray_nodes import SECONDS, alive_with, wait_for
-from tiny import haste, make_prepared, read_losses
+from tiny import make_prepared, read_losses
 
 from haste_dist.config import Config, save_config
 from haste_dist.errors import ConfigError, HasteError
 from haste_dist.runlog import read_events
+from haste_launch import cli
 from haste_launch.ray_train import (
     ECHO_SECONDS,
     absolute_paths,
@@ -65,9 +66,8 @@ def test_ctrl_c_saves_exits_130_and_leaves_no_process(config: Config, tmp_path: 
 
 
 @pytest.mark.slow
-def test_ray_and_torchrun_run_the_same_loop(config: Config, tmp_path: Path) -> None:
-    by_ray = haste("train", str(tmp_path / "c.yaml"), f"run.folder={tmp_path}/ray")
-    assert by_ray.returncode == 0, by_ray.stderr
+def test_ray_and_torchrun_run_the_same_loop(config: Config, tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(tmp_path / "c.yaml"), f"run.folder={tmp_path}/ray"]) == 0
     torchrun = [
         sys.executable,
         "-m",
@@ -83,21 +83,21 @@ def test_ray_and_torchrun_run_the_same_loop(config: Config, tmp_path: Path) -> N
     assert len(read_losses(tmp_path / "ray")) == 12
     np.testing.assert_allclose(read_losses(tmp_path / "ray"), read_losses(tmp_path / "torchrun"), rtol=1e-6)
     assert {e["ranks"] for e in read_events(tmp_path / "torchrun") if e["event"] == "start"} == {2}
-    scored = haste("evaluate", str(tmp_path / "ray"), "--checkpoint", "last", "--predictions", str(tmp_path / "p.parquet"))
-    assert scored.returncode == 0, scored.stderr
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path / "ray"), "--checkpoint", "last", "--predictions", str(tmp_path / "p.parquet")]) == 0
     assert pq.read_table(tmp_path / "p.parquet").num_rows == 48
-    assert "precision" in scored.stdout
+    assert "precision" in capsys.readouterr().out
     assert (tmp_path / "ray" / "evaluate-test.json").is_file()
 
 
 @pytest.mark.slow
-def test_the_error_of_a_rank_is_one_line(config: Config, tmp_path: Path) -> None:
-    done = haste("train", str(tmp_path / "c.yaml"), "output.lr=1e30")
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.startswith("haste: error: ")]
+def test_the_error_of_a_rank_is_one_line(config: Config, tmp_path: Path, ray_session: None, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(tmp_path / "c.yaml"), "output.lr=1e30"]) == 2
+    said = capfd.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("haste: error: ")]
     assert len(lines) == 1
     assert " in the gradient of the encoder " in lines[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from haste_launch.attempts import may_pass, until_done, wait_for_ranks
     "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.skipif(not FULL, reason="HASTE_FULL=1 runs it"))]
 )
 def test_a_killed_or_hung_rank_changes_nothing_but_the_time(tmp_path: Path, number: int) -> None:
-    config = make_prepared(tmp_path, overrides=["launch.ranks=2", "train.epochs=30", "train.evaluate_every=0", "train.checkpoint_every=10"])
+    config = make_prepared(tmp_path, overrides=["launch.ranks=2", "train.epochs=10", "train.evaluate_every=0", "train.checkpoint_every=10"])
     config.launch.timeout = 20 if number == signal.SIGSTOP else 120
     save_config(config, tmp_path / "c.yaml")
     said = hurt(tmp_path / "c.yaml", config, [number])
