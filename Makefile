@@ -1,7 +1,7 @@
 # make demo | test | lint | install | clean. Each makes the environment first, if it is not there.
 #
 # VENV, EXTRAS and CONSTRAINTS can be set: `make install VENV=/opt/haste EXTRAS=gpu,serve` is what the Dockerfile runs.
-# WORKERS says how many processes run tests: one has the long ones, the others the rest.
+# WORKERS says how many processes run tests, a file each at a time.
 # PYTHON picks the interpreter; by default the first of 3.11 and newer that can make environments.
 
 SHELL := /bin/bash
@@ -45,7 +45,7 @@ demo: $(STAMP)
 	haste plot runs/demo
 
 test: $(STAMP)
-	@python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	@python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The linters are tests; this runs them alone.
 lint: $(STAMP)

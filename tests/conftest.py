@@ -25,14 +25,6 @@ settings.register_profile("haste", deadline=None, derandomize=bool(os.environ.ge
 settings.load_profile("haste")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist=loadgroup one worker runs all that starts clusters and ranks, one after another, beside the others."""
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group("slow"))
-
-
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
     """A Ray of two CPUs on this machine, shared by the tests of a file that need one."""

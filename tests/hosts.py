@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 CARD = "eth0"
+PROGRAMS = ("ip", "unshare", "nsenter")
 
 
 @dataclass
@@ -41,10 +42,17 @@ class Host:
             os.kill(self.init, signal.SIGKILL)
 
 
+def are_possible() -> bool:
+    """Whether this machine lets its tests make hosts."""
+    if any(shutil.which(word) is None for word in PROGRAMS):
+        return False
+    return subprocess.run(["unshare", "--net", "--pid", "--uts", "--fork", "true"], capture_output=True, check=False).returncode == 0
+
+
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Two hosts that see each other and nobody else. Skips the test where namespaces are not allowed."""
-    if missing := [word for word in ("ip", "unshare", "nsenter") if shutil.which(word) is None]:
+    if missing := [word for word in PROGRAMS if shutil.which(word) is None]:
         pytest.skip(f"{' and '.join(missing)} not installed (iproute2, util-linux)")
     hosts, processes, networks = [], [], []
     try:

@@ -11,7 +11,7 @@ from haste_launch.estimator import HasteClassifier
 
 
 @pytest.mark.slow
-def test_the_documented_example_trains() -> None:
+def test_the_documented_example_trains(ray_session: None) -> None:
     tests = doctest.DocTestFinder().find(HasteClassifier, globs=vars(estimator))
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)  # else pytest -v speaks to it too
     said: list[str] = []

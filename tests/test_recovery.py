@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
+import hosts
 import numpy as np
 import pytest
 import torch
@@ -22,10 +23,16 @@ from haste_dist.train import train
 from haste_dist.world import join_world
 from haste_launch.attempts import may_pass, until_done, wait_for_ranks
 
+IN_HOSTS = pytest.mark.skipif(not FULL and hosts.are_possible(), reason="test_hosts kills a rank too; HASTE_FULL=1 runs it")
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.skipif(not FULL, reason="HASTE_FULL=1 runs it"))]
+    "number",
+    [
+        pytest.param(signal.SIGKILL, marks=IN_HOSTS),
+        pytest.param(signal.SIGSTOP, marks=pytest.mark.skipif(not FULL, reason="HASTE_FULL=1 runs it")),
+    ],
 )
 def test_a_killed_or_hung_rank_changes_nothing_but_the_time(tmp_path: Path, number: int) -> None:
     config = make_prepared(tmp_path, overrides=["launch.ranks=2", "train.epochs=10", "train.evaluate_every=0", "train.checkpoint_every=10"])
