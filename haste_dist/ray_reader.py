@@ -21,8 +21,8 @@ from haste_dist.loader import Batch, BatchMaker, RaggedColumn, Texts, ahead, ope
 from haste_dist.manifest import read_manifest
 from haste_dist.sharding import batch_share
 
-SLICE = 512  # rows that stay neighbours in an epoch's order; a pool mixes several
-SLICES_A_TASK = 16
+SLICE = 64  # rows that stay neighbours in an epoch's order; few, so that a pool of a sorted source holds a bit of everything
+SLICES_A_TASK = 128
 TASKS = 2  # at once, for one rank
 ROWS_STREAM, POOL_STREAM, BATCH_STREAM = 2, 3, 4  # loader.py has streams 0 and 1 of the same seed
 
@@ -66,9 +66,10 @@ class RayBatches:
         stream = RowStream(self._read(ranges), int(mine[first:].sum()))
         for start in range(first, steps, self._buckets):
             stop = min(start + self._buckets, steps)
-            pool = stream.take(int(mine[start:stop].sum()))
-            order = np.random.default_rng([self._seed, POOL_STREAM, epoch, maker.rank, start]).permutation(len(pool))
-            order = order[np.argsort(pool.lengths()[order], kind="stable")]
+            count = int(mine[start:stop].sum())
+            pool = stream.take(count) if count else maker.texts  # no row is this rank's; others have some
+            order = np.random.default_rng([self._seed, POOL_STREAM, epoch, maker.rank, start]).permutation(count)
+            order = order[np.argsort(pool.lengths()[order], kind="stable")] if count else order
             ends = np.cumsum(mine[start:stop])
             # All ranks draw the same order of batches; the short last batch of an epoch stays last.
             full = stop - start - (stop == steps)
@@ -79,7 +80,7 @@ class RayBatches:
                     yield self._batch(pool, rows, totals[start + turn])
         stream.close()
 
-    def _batch(self, pool: "Pool", rows: np.ndarray, total: int) -> Batch:
+    def _batch(self, pool: Texts, rows: np.ndarray, total: int) -> Batch:
         padded = batch_share(total, self._maker.ranks, self._maker.rank)[2]
         filled = np.concatenate([rows, np.repeat(rows[:1], padded - len(rows))]) if len(rows) else np.zeros(padded, np.int64)
         made = self._maker.assemble(*pool.tokens(filled), *pool.labels(rows))
@@ -89,22 +90,20 @@ class RayBatches:
         import ray.data
         from ray.data import DataContext
 
+        if not len(ranges):
+            return
         context = DataContext.get_current().copy()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.execution_options.preserve_order = True
         with DataContext.current(context):
-            slices = ray.data.from_items([{"start": int(start), "stop": int(stop)} for start, stop in ranges])
+            parts = [ranges[at : at + SLICES_A_TASK] for at in range(0, len(ranges), SLICES_A_TASK)]
+            slices = ray.data.from_arrow([pa.table({"start": part[:, 0], "stop": part[:, 1]}) for part in parts])
             task = partial(_read_task, chosen=self._texts)
             # Ranks hold the CPUs that Ray counts, so the tasks ask for none.
-            tables = slices.map_batches(task, batch_size=SLICES_A_TASK, batch_format="pyarrow", num_cpus=0, concurrency=TASKS)
+            tables = slices.map_batches(task, batch_size=None, batch_format="pyarrow", num_cpus=0, concurrency=min(TASKS, len(parts)))
             for table in tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
                 yield pa.table(table)
-
-
-def _share(rows: int, ranks: int, rank: int) -> int:
-    start, stop, _ = batch_share(rows, ranks, rank)
-    return stop - start
 
 
 def epoch_ranges(rows: int, seed: int, epoch: int, begin: int, count: int) -> np.ndarray:
@@ -142,9 +141,9 @@ class RowStream:
         self._held: pa.Table | None = None
 
     def take(self, rows: int) -> Pool:
-        """The next ``rows`` rows; one that is not taken is there even where ``rows`` is 0."""
+        """The next ``rows`` rows, at least one."""
         held = [self._held] if self._held is not None else []
-        while sum(table.num_rows for table in held) < max(rows, 1):
+        while sum(table.num_rows for table in held) < rows:
             table = next(self._tables, None)
             if table is None:
                 break
@@ -154,7 +153,7 @@ class RowStream:
         if whole is None or whole.num_rows < rows:
             raise self._miscounted(self._came)
         self._held = whole.slice(rows) if whole.num_rows > rows else None
-        return Pool(whole.slice(0, rows) if rows else whole.slice(0, 1))
+        return Pool(whole.slice(0, rows))
 
     def close(self) -> None:
         """Raises DataError if rows are left."""

@@ -46,7 +46,7 @@ def test_stretches_of_an_epoch_hold_every_row_once(rows: int, epoch: int, cuts: 
     assert sorted(row for part in parts for start, stop in part for row in range(start, stop)) == list(range(rows))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 16])
 def test_ranks_share_every_epoch(config: Config, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     read_in_turn(monkeypatch)
     steps = batches_of(config, ranks, 0).steps_per_epoch
