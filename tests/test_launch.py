@@ -40,12 +40,16 @@ def config(tmp_path: Path) -> Config:
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_exits_130_and_leaves_no_process(config: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.skipif(not FULL, reason="set HASTE_FULL=1"))]
+)
+def test_ctrl_c_and_sigterm_save_and_leave_no_process(config: Config, tmp_path: Path, number: signal.Signals) -> None:
     mark = f"mark-{uuid.uuid4()}"
     words = ["train", str(tmp_path / "c.yaml"), "train.max_steps=0", "train.epochs=10000", "train.evaluate_every=0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "haste_launch.cli", *words],
         env={**os.environ, "HASTE_TEST_MARK": mark},
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -54,15 +58,21 @@ def test_ctrl_c_saves_exits_130_and_leaves_no_process(config: Config, tmp_path: 
     metrics = run / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(read_losses(run)) > 20)
     assert len(alive_with(mark)) > 3  # the command, Ray's servers, two ranks
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: everyone in the group gets it
-    _, said = process.communicate(timeout=SECONDS)
-    assert process.returncode == 130
-    last = said.strip().splitlines()[-1]
-    assert last.startswith("haste: interrupted: training stopped, everything is saved in ")
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # what a terminal does: everyone in the group gets it
+    else:
+        process.send_signal(number)
+    shown, said = process.communicate(timeout=SECONDS)
     assert "Traceback" not in said
     end = read_events(run)[-1]
     assert (end["event"], end["reason"]) == ("end", "stopped")
     assert (run / "checkpoints" / f"step-{end['step']:08d}" / "state.json").is_file()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert said.strip().splitlines()[-1].startswith("haste: interrupted: training stopped, everything is saved in ")
+    else:
+        assert process.returncode == 0
+        assert f"stopped at step {end['step']:,}" in shown
     wait_for(lambda: not alive_with(mark), 20)
 
 

@@ -1,8 +1,10 @@
 """A small made-up problem in a prepared folder, and ranks to run on it: what the tests of training share."""
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -141,9 +143,12 @@ def _enter(rank: int, ranks: int, port: int, environment: dict[str, str], functi
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody has, of those below Linux's choice for connections, which might take it before it is used."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def check_restored_engine(config: Config, world: World) -> None:
