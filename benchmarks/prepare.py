@@ -42,6 +42,9 @@ print(len(rows))
 """
 
 
+NO_MORE = ["groups.method=frequency", "output.start=random", "data.label_texts=0"]  # than the peer does: texts to shards
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder with trn.json.gz, tst.json.gz, lbl.json.gz")
@@ -55,7 +58,7 @@ def main() -> None:
         resample(words.source, folder / "raw", words.rows)
         load_tokenizer(load_config("wordnet").encoder).save_pretrained(folder / "tokenizer")
         (folder / "peer.py").write_text(PEER)
-        haste = [sys.executable, "-m", "haste_launch.cli", "prepare", "wordnet", f"data.source={folder}/raw", "groups.method=frequency"]
+        haste = [sys.executable, "-m", "haste_launch.cli", "prepare", "wordnet", f"data.source={folder}/raw", *NO_MORE]
         peer = [words.peer, str(folder / "peer.py"), str(folder / "raw/trn.json.gz"), str(folder / "tokenizer")]
         for turn in range(words.turns):
             sides = {"haste_dist": [*haste, f"data.prepared={folder}/out{turn}", "data.workers=2"]}
