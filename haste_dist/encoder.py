@@ -7,6 +7,7 @@ told, transformers asks on the terminal whether to run that code.
 import hashlib
 import importlib.resources
 import json
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from transformers.utils import is_flash_attn_2_available
 from haste_dist.config import EncoderConfig
 from haste_dist.errors import ConfigError
 
+# transformers loads DeepSpeed where that is installed, which then tells stdout what accelerator it found; haste's answers go there.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 # Where the families of Hugging Face configurations keep their dropout probabilities.
 DROPOUT_FIELDS = (
     "hidden_dropout_prob",

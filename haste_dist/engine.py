@@ -5,7 +5,6 @@ The output layer computes the gradient of the embeddings itself, so the encoder'
 six layers so narrow that only the host's work counts, backward and step then take 5.1 ms instead of 10.4.
 """
 
-import logging
 import os
 from typing import Any
 
@@ -157,9 +156,7 @@ def _deepspeed_engine(flat: FlatModule, config: EncoderConfig, dtype: torch.dtyp
     device = flat.flat.device.type
     os.environ.setdefault("DS_ACCELERATOR", device)
     import deepspeed
-    from deepspeed.utils import logger
 
-    logger.setLevel(logging.ERROR)
     # On a CPU DeepSpeed would compile its shared-memory all-reduce at first use (40 s, needs a compiler, hangs on a stale
     # lock). Only inference uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

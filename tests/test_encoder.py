@@ -3,6 +3,8 @@
 import copy
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,12 @@ STEPS = "train.max_steps=12"
 def train_all(world: World, configs: list[Config]) -> None:
     for config in configs:
         train(config, world)
+
+
+def test_deepspeed_says_nothing_where_answers_go() -> None:
+    program = "import haste_dist.encoder, deepspeed; deepspeed.accelerator.get_accelerator(); print('an answer')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "an answer\n"
 
 
 def test_checkpointing_and_compiling_change_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
