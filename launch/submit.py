@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import tempfile
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ PACKAGES = ("haste_conf", "haste_dist", "haste_kernels", "haste_launch")
 CONFIG_FILE = "config.yaml"
 SAVE_SECONDS = 600  # a stopped job has this long to save before Ray kills it
 SETUP_SECONDS = 600
+AGENT_SECONDS = 60.0  # a cluster that has just started is waited for
+AGAIN_SECONDS = 2.0
 
 
 def submit(args: Namespace) -> int:
@@ -38,7 +41,8 @@ def submit(args: Namespace) -> int:
         name = Path(run_folder).name
         check_name(name)
         job_id = next_id(client, name, run_folder)
-        client.submit_job(
+        hand_over(
+            client,
             entrypoint=entrypoint(args.task, args.python, folder),
             submission_id=job_id,
             metadata={RUN: name, FOLDER: run_folder},
@@ -54,6 +58,24 @@ def submit(args: Namespace) -> int:
             print(f"haste logs {job_id} --follow shows how it goes on")
             return 0
         return follow(client, job_id, args.on_interrupt)
+
+
+def hand_over(client: "JobSubmissionClient", **job: Any) -> None:
+    """Gives the cluster the job, with patience: what takes jobs there may start later than what answers. Raises HasteError."""
+    end = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            if time.monotonic() > end:
+                raise HasteError(
+                    "no node of this cluster takes jobs: the dashboard agent of its head does not run; where several Rays share a machine, "
+                    "ray start --dashboard-agent-listen-port=PORT keeps them apart"
+                ) from None
+        time.sleep(AGAIN_SECONDS)
 
 
 def job_config(config: Config, args: Namespace) -> Config:

@@ -23,7 +23,7 @@ from tiny import free_port, haste, make_prepared
 from haste_dist.config import Config, load_config, save_config
 from haste_dist.errors import ConfigError, HasteError, Interrupted
 from haste_dist.runlog import read_events
-from haste_launch import cli, follow
+from haste_launch import cli, follow, submit
 from haste_launch.jobs import address_of
 from haste_launch.submit import check_name, copy_packages, entrypoint, job_config, next_id, read_environment
 
@@ -256,6 +256,27 @@ def test_jobs_of_a_run_are_numbered_and_alone() -> None:
     assert next_id(client, "b", "/elsewhere/b") == "b-4"  # type: ignore[arg-type]
     with pytest.raises(HasteError, match="job b-3 is at work in /r/b"):
         next_id(client, "b", "/r/b")  # type: ignore[arg-type]
+
+
+def test_a_cluster_that_has_just_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "AGAIN_SECONDS", 0.0)
+    refusals = ["Request failed with status code 500: No available agent to submit job, please try again later"] * 2
+    taken: list[dict] = []
+
+    def submit_job(**job: str) -> None:
+        if refusals:
+            raise RuntimeError(refusals.pop())
+        taken.append(job)
+
+    submit.hand_over(SimpleNamespace(submit_job=submit_job), submission_id="a-1")  # type: ignore[arg-type]
+    assert taken == [{"submission_id": "a-1"}]
+    refusals.extend(["No available agent"] * 9)
+    monkeypatch.setattr(submit, "AGENT_SECONDS", -1.0)
+    with pytest.raises(HasteError, match=r"no node of this cluster takes jobs: .* --dashboard-agent-listen-port=PORT"):
+        submit.hand_over(SimpleNamespace(submit_job=submit_job), submission_id="a-2")  # type: ignore[arg-type]
+    refusals[:] = ["Request failed with status code 500: another"]
+    with pytest.raises(RuntimeError, match="another"):
+        submit.hand_over(SimpleNamespace(submit_job=submit_job), submission_id="a-3")  # type: ignore[arg-type]
 
 
 def test_how_a_job_ended() -> None:
