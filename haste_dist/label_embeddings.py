@@ -134,7 +134,7 @@ def _embed_all(
             fn_constructor_args=(config, str(folder.absolute()), manifest, device.type, str(work.absolute())),
             batch_size=1,
             batch_format="pyarrow",
-            concurrency=max(1, min(workers, len(tasks))),
+            compute=ray.data.ActorPoolStrategy(size=max(1, min(workers, len(tasks)))),
             num_gpus=1 if on_gpu else 0,
             num_cpus=0 if on_gpu else 1,
         )

@@ -87,14 +87,18 @@ def run(plan: Plan, rules: str, workers: int) -> Generator[dict[str, Any], None,
     with DataContext.current(context), quiet():
         # The readers ask for no CPU: they mostly wait, and a CPU of their own would cost a machine of two cores half its speed.
         blocks = ray.data.from_items([{"part": part} for part in range(len(plan.parts))]).map_batches(
-            partial(_read_task, plan=plan), batch_size=1, batch_format="pyarrow", num_cpus=0, concurrency=min(readers, len(plan.parts))
+            partial(_read_task, plan=plan),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=0,
+            compute=ray.data.TaskPoolStrategy(min(readers, len(plan.parts))),
         )
         records = blocks.map_batches(
             partial(_write_task, plan=plan, rules=rules),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=1,
-            concurrency=workers or None,
+            compute=ray.data.TaskPoolStrategy(workers or None),
         )
         try:
             for batch in records.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

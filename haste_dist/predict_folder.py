@@ -132,7 +132,8 @@ def predict_folder(job: Job, rankers: int, on_gpu: bool, threads: int) -> Genera
         tokens = parts.map_batches(partial(tokens_task, job=job), num_cpus=1, **each)
         resources: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": 0}
         about = {"job": replace(job, rules=""), "device": "cuda" if on_gpu else "cpu", "threads": threads}
-        ranked = tokens.map_batches(Ranker, fn_constructor_kwargs=about, concurrency=rankers, **resources, **each)
+        pool = ray.data.ActorPoolStrategy(size=rankers)
+        ranked = tokens.map_batches(Ranker, fn_constructor_kwargs=about, compute=pool, **resources, **each)
         written = ranked.map_batches(partial(write_task, job=job), num_cpus=1, **each)
         texts = 0
         try:

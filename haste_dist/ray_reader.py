@@ -101,7 +101,8 @@ class RayBatches:
             slices = ray.data.from_arrow([pa.table({"start": part[:, 0], "stop": part[:, 1]}) for part in parts])
             task = partial(_read_task, chosen=self._texts)
             # Ranks hold the CPUs that Ray counts, so the tasks ask for none.
-            tables = slices.map_batches(task, batch_size=None, batch_format="pyarrow", num_cpus=0, concurrency=min(TASKS, len(parts)))
+            pool = ray.data.TaskPoolStrategy(min(TASKS, len(parts)))
+            tables = slices.map_batches(task, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=pool)
             for table in tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
                 yield pa.table(table)
 
