@@ -49,7 +49,6 @@ def test_ctrl_c_and_sigterm_save_and_leave_no_process(config: Config, tmp_path: 
     process = subprocess.Popen(
         [sys.executable, "-m", "haste_launch.cli", *words],
         env={**os.environ, "HASTE_TEST_MARK": mark},
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -62,7 +61,7 @@ def test_ctrl_c_and_sigterm_save_and_leave_no_process(config: Config, tmp_path: 
         os.killpg(process.pid, number)  # what a terminal does: everyone in the group gets it
     else:
         process.send_signal(number)
-    shown, said = process.communicate(timeout=SECONDS)
+    _, said = process.communicate(timeout=SECONDS)
     assert "Traceback" not in said
     end = read_events(run)[-1]
     assert (end["event"], end["reason"]) == ("end", "stopped")
@@ -72,7 +71,7 @@ def test_ctrl_c_and_sigterm_save_and_leave_no_process(config: Config, tmp_path: 
         assert said.strip().splitlines()[-1].startswith("haste: interrupted: training stopped, everything is saved in ")
     else:
         assert process.returncode == 0
-        assert f"stopped at step {end['step']:,}" in shown
+        assert f"stopped at step {end['step']:,}" in said
     wait_for(lambda: not alive_with(mark), 20)
 
 
