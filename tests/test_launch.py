@@ -13,13 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from ray_nodes import SECONDS, alive_with, wait_for
-from tiny import FULL, make_prepared, read_losses, run_ranks
+from tiny import FULL, make_prepared, read_losses
 
 from haste_dist.config import Config, save_config
 from haste_dist.errors import ConfigError, HasteError
 from haste_dist.runlog import read_events
-from haste_dist.world import World
-from haste_launch import cli, torchrun
+from haste_launch import cli
 from haste_launch.ray_train import (
     ECHO_SECONDS,
     absolute_paths,
@@ -75,22 +74,14 @@ def test_ctrl_c_and_sigterm_save_and_leave_no_process(config: Config, tmp_path: 
     wait_for(lambda: not alive_with(mark), 20)
 
 
-def by_torchrun(_: World, words: list[str]) -> None:
-    """What torchrun starts, in the environment that it makes; the group is joined already."""
-    assert torchrun.main(words) == 0
-
-
 @pytest.mark.slow
 def test_ray_and_torchrun_run_the_same_loop(config: Config, tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", str(tmp_path / "c.yaml"), f"run.folder={tmp_path}/ray"]) == 0
     words = [str(tmp_path / "c.yaml"), f"run.folder={tmp_path}/torchrun"]
-    if FULL:
-        command = ["torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-        program = [sys.executable, "-m", *command, "-m", "haste_launch.torchrun", *words]
-        done = subprocess.run(program, capture_output=True, text=True, timeout=SECONDS, check=False)
-        assert done.returncode == 0, done.stderr
-    else:
-        run_ranks(2, by_torchrun, words)
+    command = ["torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    program = [sys.executable, "-m", *command, "-m", "haste_launch.torchrun", *words]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
     assert len(read_losses(tmp_path / "ray")) == 12
     np.testing.assert_allclose(read_losses(tmp_path / "ray"), read_losses(tmp_path / "torchrun"), rtol=1e-6)
     assert {e["ranks"] for e in read_events(tmp_path / "torchrun") if e["event"] == "start"} == {2}

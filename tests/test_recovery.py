@@ -35,7 +35,7 @@ IN_HOSTS = pytest.mark.skipif(not FULL and hosts.are_possible(), reason="test_ho
     ],
 )
 def test_a_killed_or_hung_rank_changes_nothing_but_the_time(tmp_path: Path, number: int) -> None:
-    config = make_prepared(tmp_path, overrides=["launch.ranks=2", "train.epochs=10", "train.evaluate_every=0", "train.checkpoint_every=10"])
+    config = make_prepared(tmp_path, overrides=["launch.ranks=2", "train.epochs=30", "train.evaluate_every=0", "train.checkpoint_every=10"])
     config.launch.timeout = 20 if number == signal.SIGSTOP else 120
     save_config(config, tmp_path / "c.yaml")
     said = hurt(tmp_path / "c.yaml", config, [number])

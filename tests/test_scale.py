@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FULL, run_ranks
+from tiny import run_ranks
 
 from haste_dist.config import Config, load_config
 from haste_dist.cost_model import load_model
@@ -22,7 +22,6 @@ from haste_dist.synthetic import LabelLaw, spread, synthetic_batch
 from haste_dist.world import World, join_world
 from haste_launch import cli, scale
 from haste_launch.progress import short
-from haste_launch.ray_train import measure_rank
 from haste_launch.scale_plot import draw_study
 from haste_launch.scale_settings import Words, choose_ranks, number, points_of, read_words
 
@@ -239,23 +238,10 @@ def test_after_a_full_device_the_study_goes_on_with_the_next_point(tmp_path: Pat
     assert [row["note"] for row in read_study(tmp_path)] == ["", "out of memory"]
 
 
-def measure_forked(config: Config, task: str, arguments: dict) -> int:
-    assert task == "scale"
-    run_ranks(config.launch.ranks, measure_point, config, arguments)
-    return 0
-
-
-def measure_point(world: World, config: Config, arguments: dict) -> None:
-    measure_rank(config, world, arguments, lambda: False)
-
-
 @pytest.mark.slow
 def test_the_command_measures_draws_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On Ray's ranks in the long form, else on forked ones, which start at once."""
-    if not FULL:
-        monkeypatch.setattr(scale, "run_ranks", measure_forked)
     monkeypatch.setenv("HASTE_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"
     line = ["scale", "bert-base", *SMALL, "launch.ranks=2", "--out", str(out), "--batch", "8", "--steps", "3", "--warmup", "1"]

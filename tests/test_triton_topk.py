@@ -54,11 +54,11 @@ def expected(x_head: Tensor, x_tail: Tensor, head: HeadState, tail: TailState, k
 @pytest.mark.parametrize(
     ("shape", "n", "k", "levels", "bias", "chunk"),
     [
-        ((20, 16, 5, 260, 20, 16), 20, 9, 1, True, 4096),
-        ((20, 16, 15, 0, 40, 20), 17, 5, 30, False, 2),  # no head, fan-in not whole, chunks
-        ((9, 32, 31, 0, 48, 48), 17, 128, 1, True, 4096),
+        ((20, 16, 5, 300, 20, 16), 37, 9, 1, True, 4096),
+        ((40, 16, 15, 0, 40, 20), 17, 5, 30, False, 2),  # no head, fan-in not whole, chunks
+        ((33, 32, 31, 0, 48, 48), 20, 128, 1, True, 4096),
         ((9, 64, 3, 257, 33, 33), 18, 1, 30, True, 2),  # a chunk that holds the head's end and the tail's start
-        ((3, 128, 100, 130, 70, 70), 17, 60, 0, False, 2),  # all scores are equal
+        ((3, 128, 100, 300, 70, 70), 17, 60, 0, False, 2),  # all scores are equal
         ((0, 16, 0, 20, 9, 4), 3, 40, 3, True, 4096),  # no tail, fewer rows than k
         ((1, 16, 15, 0, 20, 16), 1, 3, 3, True, 4096),  # one real row
     ],
