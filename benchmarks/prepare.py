@@ -66,7 +66,7 @@ def main() -> None:
                 sides["hugging_face_datasets"] = [*peer, str(folder / f"cache{turn}")]
             for provider, command in sides.items():
                 curve, figures = watch(command)
-                figures = {"rows": words.rows, "rows_per_s": words.rows / figures["seconds"], **figures}
+                figures = {"rows": words.rows, "rows_per_s": round(words.rows / figures["seconds"]), **figures}
                 print(append_record("prepare", provider, {}, figures))
                 curves[f"{provider}, turn {turn + 1}"] = curve
     if words.plot:
