@@ -160,7 +160,13 @@ def test_the_readme_tree_lists_every_file_and_no_other() -> None:
 
 def test_every_command_in_the_documents_exists() -> None:
     seen = set()
-    for name in ("README.md", "CONTRIBUTING.md", "Makefile", "docs/launch.md", *(f"conf/{p.name}" for p in (ROOT / "conf").glob("*.yaml"))):
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "Makefile",
+        *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+        *(f"conf/{p.name}" for p in (ROOT / "conf").glob("*.yaml")),
+    ):
         text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
         for line in text.splitlines():
             words = line.lstrip("#\t $").split(" #")[0]
