@@ -14,7 +14,7 @@ from haste_dist.config import OutputConfig, check_fan_in
 from haste_dist.errors import ConfigError
 from haste_dist.meters import stage
 from haste_dist.sharding import LabelShard
-from haste_kernels import HeadState, Positives, StepArgs, TailState, head_step, random_features, tail_step, topk, uniform
+from haste_kernels import STORED, HeadState, Positives, StepArgs, TailState, head_step, random_features, tail_step, topk, uniform
 
 HEAD_DROPOUT, TAIL_DROPOUT = 11, 12  # streams of the dropout masks
 HEAD_WEIGHT, TAIL_WEIGHT = 21, 22  # streams of the initial weights
@@ -44,9 +44,7 @@ class Classifier:
         for name, part in (("head_features", self.head_slice), ("tail_features", self.tail_slice)):
             check_slice(name, part, width)
         check_fan_in(config.fan_in, self.tail_slice.width)
-        automatic = "bfloat16" if device.type == "cuda" else "float32"
-        weight_dtype = getattr(torch, automatic if config.weight_dtype == "auto" else config.weight_dtype)
-        momentum_dtype = weight_dtype if config.momentum_dtype == "auto" else getattr(torch, config.momentum_dtype)
+        weight_dtype, momentum_dtype = stored_dtypes(config, device.type == "cuda")
         self.head = self._make_head(weight_dtype, momentum_dtype)
         self.tail = self._make_tail(weight_dtype, momentum_dtype)
         # What the next rewiring measures gradients on: x_ND as the tail saw it and label_rows_NM of a batch, the same on all ranks.
@@ -159,6 +157,13 @@ class Classifier:
 
     def _accumulate(self, dx_ND: Tensor, dx: Tensor, mask: Tensor | None, part: Slice) -> None:
         dx_ND[:, part.start : part.stop] += dx if mask is None else dx * mask
+
+
+def stored_dtypes(config: OutputConfig, cuda: bool) -> tuple[torch.dtype, torch.dtype]:
+    """Of weights and momentum. Float8 is too coarse for a sum of gradients, so momentum beside it is bfloat16 unless the config says more."""
+    weight = config.weight_dtype if config.weight_dtype != "auto" else "bfloat16" if cuda else "float32"
+    beside = "bfloat16" if weight == "float8" else weight
+    return STORED[weight], STORED[beside if config.momentum_dtype == "auto" else config.momentum_dtype]
 
 
 def feature_slice(span: list[int], width: int) -> Slice:

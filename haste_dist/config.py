@@ -147,9 +147,11 @@ class OutputConfig:
     momentum: float = setting(0.9, "SGD momentum (0: none is stored)", low=0.0, high=0.9999)
     weight_decay: float = setting(1e-4, "added to the gradient before momentum", low=0.0, high=1.0)
     weight_dtype: str = setting(
-        "auto", "auto: bfloat16 with stochastic rounding on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16")
+        "auto",
+        "auto: bfloat16 with stochastic rounding on a GPU, float32 on a CPU; float8 (e4m3) halves bfloat16's memory",
+        choices=("auto", "float32", "bfloat16", "float8"),
     )
-    momentum_dtype: str = setting("auto", "auto: as the weights", choices=("auto", "float32", "bfloat16"))
+    momentum_dtype: str = setting("auto", "auto: as the weights, bfloat16 beside float8", choices=("auto", "float32", "bfloat16"))
     half_sums: bool = setting(
         True,
         "GPU kernels, bfloat16: the tail sums its gradient to the embedding in float16, about 128 terms, then in float32; off: float32",

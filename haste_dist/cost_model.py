@@ -95,14 +95,14 @@ def load_of(
 def load_of_row(row: Mapping[str, Any]) -> Load:
     """Of a measured row of a study."""
     cuda = row["device"] != "cpu"
-    sizes = {"float32": 4, "bfloat16": 2, "none": 0}
+    sizes = {"float32": 4, "bfloat16": 2, "float8": 1, "none": 0}
     weight = sizes.get(row["weight_dtype"], 2 if cuda else 4)
     x_bytes = sizes.get(row["precision"], 2 if cuda else 4)
     names = ("labels", "ranks", "batch", "tokens", "width", "head_rows", "head_width", "tail_width", "fan_in", "group")
     return load_of(
         **{name: row[name] for name in names},
         weight_bytes=weight,
-        momentum_bytes=sizes.get(row["momentum_dtype"], weight),
+        momentum_bytes=sizes.get(row["momentum_dtype"], max(weight, 2)),  # float8 weights have bfloat16 beside them
         x_bytes=x_bytes,
         encoder_flops=row["encoder_flops"] * row["ranks"],
         parameters=0 if row["frozen"] else row["encoder_parameters"],

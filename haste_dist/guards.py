@@ -34,7 +34,7 @@ LATE = 4  # steps after which a value is waited for
 SHOWN = 8  # ids of texts in the error
 SPIKE, HISTORY, FEWEST = 2.0, 32, 8
 DEAD = 0.01
-GROUPS_AT_ONCE = 2**16
+GROUPS_AT_ONCE = 2**15
 ADVICE = "resume with lower encoder.lr or output.lr"
 
 
@@ -173,7 +173,7 @@ def dead_groups(classifier: Classifier, world: World) -> int:
     """Tail groups, over all ranks, whose mean |w| is under a hundredth of the tail's: what they answer hardly depends on the text."""
     weight_TGF = classifier.tail.weight
     parts = [
-        weight_TGF[at : at + GROUPS_AT_ONCE].abs().mean(dim=(1, 2), dtype=torch.float32) for at in range(0, len(weight_TGF), GROUPS_AT_ONCE)
+        weight_TGF[at : at + GROUPS_AT_ONCE].float().abs().mean(dim=(1, 2)) for at in range(0, len(weight_TGF), GROUPS_AT_ONCE)
     ]
     mean_T = torch.cat(parts) if parts else weight_TGF.new_zeros(0, dtype=torch.float32)
     total = sum_over_ranks(torch.stack([mean_T.double().sum(), mean_T.new_tensor(len(mean_T)).double()]), world)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from haste_dist.classifier import INT16_WIDTH, feature_slice
+from haste_dist.classifier import INT16_WIDTH, feature_slice, stored_dtypes
 from haste_dist.config import Config
 from haste_dist.dry_run import EncoderNeeds, dry_run
 from haste_dist.graphs import MOST_TOKENS
@@ -82,8 +82,7 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     d, x_bytes = needs.width, x_dtype.itemsize
     head_width, tail_width = feature_slice(output.head_features, d).width, feature_slice(output.tail_features, d).width
     h, t = shard_sizes(facts.labels, output.head_fraction, output.group_size, facts.ranks)
-    weight = (HALF if cuda else 4) if output.weight_dtype == "auto" else getattr(torch, output.weight_dtype).itemsize
-    momentum = weight if output.momentum_dtype == "auto" else getattr(torch, output.momentum_dtype).itemsize
+    weight, momentum = (dtype.itemsize for dtype in stored_dtypes(output, cuda))
     momentum = momentum if output.momentum else 0
     weights = h * head_width + t * output.group_size * output.fan_in
     biases = (h + t * output.group_size) * 4 * output.bias
@@ -169,7 +168,7 @@ def _head_workspace(cuda: bool, n: int, rows: int, width: int, weight: int, x_by
         return 0
     if not cuda:
         return _chunk("cpu", rows, 4 * (3 * n + 8 * width), 4 * (n + (1 if weight == 4 else 7) * width)) + 4 * n * width
-    item = HALF if weight == x_bytes == HALF else 4
+    item = HALF if x_bytes == HALF and weight <= HALF else 4
     most = max(HEAD_ROWS, HEAD_BYTES // (item * n))
     r = min(most, rows)
     operand = 0 if item == weight else item * r * width  # weights are cast where they are not of x's type
@@ -181,7 +180,7 @@ def _tail_workspace(config: Config, cuda: bool, n: int, groups: int, width: int,
     if not groups:
         return 0
     g, f = config.output.group_size, config.output.fan_in
-    half = weight == x_bytes == HALF
+    half = x_bytes == HALF and weight <= HALF
     fused = cuda and g >= 16 and 16 <= f <= 256
     if not fused:
         each = 4 * (2 * f * n + 3 * g * n + 8 * g * f)

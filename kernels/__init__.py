@@ -14,11 +14,12 @@ from haste_kernels.rewire import (
     scoring_spans,
 )
 from haste_kernels.rounding import stochastic_round
-from haste_kernels.state import HeadState, Loss, Positives, StepArgs, TailState
+from haste_kernels.state import STORED, HeadState, Loss, Positives, StepArgs, TailState
 from haste_kernels.tail_step import tail_step
 from haste_kernels.topk import merge_topk, topk
 
 __all__ = [
+    "STORED",
     "FeatureScores",
     "FixedFanInLinear",
     "GroupSharedLinear",

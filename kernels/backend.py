@@ -10,6 +10,7 @@ from torch import Tensor
 
 OLDEST = (3, 6)  # of Triton
 CAPABILITY = (8, 0)  # of the GPU: bfloat16 products
+FLOAT8_CAPABILITY = (8, 9)  # conversions of float8
 SWITCH = "HASTE_KERNELS"  # set to "torch": plain torch everywhere
 
 
@@ -19,6 +20,11 @@ def use_triton(x: Tensor) -> bool:
         return False
     reason = _missing(x.device.index or 0)
     return reason is None
+
+
+def reads_float8(device: torch.device) -> bool:
+    """Whether Triton's kernels can read and write float8 there. So it is on a CPU, in the interpreter, and where they are only compiled."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
 @functools.cache

@@ -23,10 +23,11 @@ def head_step(x_ND: Tensor, positives: Positives, head: HeadState, args: StepArg
 
     ``x_ND`` float32 or bfloat16; ``positives`` rows are relative to ``head.first_row``. On a GPU Triton kernels do it.
     """
-    if use_triton(x_ND) and torch.float64 not in (x_ND.dtype, head.weight.dtype):
+    if use_triton(x_ND):
         from haste_kernels import triton_head
 
-        return triton_head.head_step(x_ND, positives, head, args, want_loss)
+        if triton_head.takes(x_ND, head):
+            return triton_head.head_step(x_ND, positives, head, args, want_loss)
     return plain_head_step(x_ND, positives, head, args, want_loss)
 
 

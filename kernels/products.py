@@ -3,17 +3,22 @@
 import torch
 from torch import Tensor
 
+from haste_kernels.rounding import FLOAT8
+
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def operand_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """What both operands are cast to: their own half type if they share one and lie on a GPU, else float32 (or float64) for both.
 
+    Float8 weights are only stored so: they become what x is.
+
     Tensors without memory, for which kernels are only compiled, stand for a GPU's.
     """
-    if (x.is_cuda or x.is_meta) and x.dtype == weight.dtype and x.dtype in _HALF:
+    held = x.dtype if weight.dtype == FLOAT8 else weight.dtype
+    if (x.is_cuda or x.is_meta) and x.dtype == held and x.dtype in _HALF:
         return x.dtype
-    return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    return torch.promote_types(torch.promote_types(x.dtype, held), torch.float32)
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:

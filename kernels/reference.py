@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from haste_kernels.rewire import FeatureScores, index_dtype
-from haste_kernels.rounding import FEATURES, MOMENTUM, REGROW, WEIGHT, random_words, stochastic_round
+from haste_kernels.rounding import FEATURES, MOMENTUM, REGROW, ROUNDED, WEIGHT, random_words, stochastic_round
 from haste_kernels.state import HeadState, Loss, Positives, StepArgs, TailState
 
 Step = tuple[Tensor, Tensor]
@@ -58,7 +58,7 @@ def loss_gradient(z_NR: Tensor, y_NR: Tensor, loss: Loss) -> Tensor:
 
 
 def sgd(value: Tensor, momentum: Tensor | None, gradient: Tensor, args: StepArgs, rows: Tensor, weight_decay: float) -> None:
-    """One SGD step in place on (R, C) ``value`` and ``momentum``; bfloat16 is rounded stochastically by global ``rows`` (R,)."""
+    """One SGD step in place on (R, C) ``value`` and ``momentum``; bfloat16 and float8 are rounded stochastically by global ``rows`` (R,)."""
     old = value.double()
     g = gradient + weight_decay * old
     m = g if momentum is None else args.momentum * momentum.double() + g
@@ -172,7 +172,7 @@ def _sgd_bias(bias: Tensor, momentum: Tensor | None, gradient: Tensor, args: Ste
 
 
 def _store(target: Tensor, exact: Tensor, args: StepArgs, rows: Tensor, stream: int) -> None:
-    if target.dtype == torch.bfloat16:
-        target.copy_(stochastic_round(exact.float(), args.seed, args.step, rows, stream))
+    if target.dtype in ROUNDED:
+        target.copy_(stochastic_round(exact.float(), args.seed, args.step, rows, stream, target.dtype))
     else:
         target.copy_(exact)

@@ -17,7 +17,7 @@ from torch import Tensor
 from haste_kernels.chunks import chunks, spans
 from haste_kernels.losses import loss_and_gradient_
 from haste_kernels.products import bmm, mm, operand_dtype
-from haste_kernels.rounding import FEATURES, REGROW, random_words
+from haste_kernels.rounding import FEATURES, FLOAT8, REGROW, random_words
 from haste_kernels.state import Loss, Positives, TailState
 
 _NEVER = 1 << 62
@@ -131,6 +131,7 @@ def prune_and_regrow(tail: TailState, prune: Prune, width: int, seed: int, step:
         tail.index[start:stop] = index.to(tail.index.dtype)
         for value in (tail.weight, tail.momentum):
             if value is not None:
+                value = value.view(torch.uint8) if value.dtype == FLOAT8 else value  # torch moves bytes, and 0 is 0
                 kept = value[start:stop].masked_fill(cut[:, None], 0)
                 value[start:stop] = kept.gather(2, order[:, None].expand_as(kept))
     return replaced

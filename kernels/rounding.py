@@ -1,4 +1,4 @@
-"""Counter-based random bits, and the unbiased rounding of float32 to bfloat16 that uses them.
+"""Counter-based random bits, and the unbiased rounding of float32 to bfloat16 or float8 that uses them.
 
 A number depends only on what it is for: (seed, step, global row, column, stream). So results are the same for any number of
 shards, any chunk size, and in any other implementation of the same counters (Triton's ``tl.philox`` gives the same words).
@@ -8,6 +8,9 @@ shards, any chunk size, and in any other implementation of the same counters (Tr
 
 One call makes 4 words of 32 bits, which serve 8 roundings: column 8 b + 2 w + h takes half h (low first) of word w of block b.
 Seven rounds are the fewest that pass the statistical batteries (Salmon et al., SC 2011, the generator's paper).
+
+Float8 is e4m3 without infinities (Micikevicius et al., arXiv 2209.05433): 4 bits of exponent, 3 of fraction, at most 448; below 2^-6 its
+values lie 2^-9 apart.
 
 Letters: R rows, C columns.
 """
@@ -23,6 +26,9 @@ WEIGHT: Final = 0
 MOMENTUM: Final = 1
 FEATURES: Final = 2
 REGROW: Final = 3
+
+FLOAT8: Final = torch.float8_e4m3fn
+ROUNDED: Final = (torch.bfloat16, FLOAT8)  # what is stored rounded at random
 
 _MASK: Final = 0xFFFFFFFF
 _MULTIPLY: Final = (0xD2511F53, 0xCD9E8D57)
@@ -55,15 +61,32 @@ def random_words(seed: int, step: int, rows: Tensor, blocks: int, stream: int) -
     return torch.stack([word.expand(len(rows), blocks) for word in words], dim=-1)
 
 
-def stochastic_round(values: Tensor, seed: int, step: int, rows: Tensor, stream: int) -> Tensor:
-    """Rounds (R, C) float32 ``values`` to bfloat16, up or down with a probability that makes the mean exact.
+def stochastic_round(values: Tensor, seed: int, step: int, rows: Tensor, stream: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Rounds (R, C) float32 ``values`` to bfloat16 or float8, up or down with a probability that makes the mean exact.
 
     ``rows`` (R,) int64: the global row of each. 16 random bits are added below the kept ones and the sum is cut: a value that
-    bfloat16 holds stays as it is, as do infinity and NaN.
+    the type holds stays as it is, as do infinity and NaN. Of float8, which has no infinity, that is NaN, and values over 448 are 448.
     """
     columns = values.shape[1]
     words = random_words(seed, step, rows, -(-columns // 8), stream)
     halves = words.to(torch.int32).view(torch.int16).flatten(1)[:, :columns]  # little-endian: low half first
-    bits = (halves.to(torch.int32) & 0xFFFF).add_(values.contiguous().view(torch.int32))
+    halves = halves.to(torch.int32) & 0xFFFF
+    if dtype == FLOAT8:
+        return _cut_to_float8(values.contiguous(), halves)
+    bits = halves.add_(values.contiguous().view(torch.int32))
     rounded = (bits >> 16).to(torch.int16).view(torch.bfloat16)
     return torch.where(values.isnan(), values.to(torch.bfloat16), rounded)
+
+
+def _cut_to_float8(values: Tensor, halves: Tensor) -> Tensor:
+    """Float32 to e4m3 after ``halves``, 16 random bits, are added below what is kept.
+
+    From 2^-6 on that is float32's exponent, less 120 of its bias, and the first 3 bits of its fraction. Below, the code counts steps of 2^-9.
+    """
+    bits = values.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + (halves << 4)) >> 20) - (120 << 3)
+    small = ((values.abs().clamp(max=2**-6) * 2.0**25).to(torch.int32) + halves) >> 16
+    code = torch.where(magnitude < 0x3C800000, small, normal).clamp_(max=0x7E)  # 0x3C800000 is 2^-6, 0x7E is 448
+    code = torch.where(magnitude < 0x7F800000, code, 0x7F)
+    return (code | bits >> 24 & 0x80).to(torch.uint8).view(FLOAT8)

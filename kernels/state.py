@@ -6,11 +6,15 @@ contiguous range of them. Everything is in place and holds no process group: res
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
+from haste_kernels.rounding import FLOAT8
+
 Loss = Literal["bce", "squared_hinge"]
+STORED: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": FLOAT8}  # what weights and momentum may be kept in
 
 
 class Positives(NamedTuple):
@@ -42,7 +46,7 @@ class StepArgs:
 
 @dataclass
 class HeadState:
-    """Dense rows. ``momentum`` and the biases may be None; weight and momentum are float32 or bfloat16, biases float32."""
+    """Dense rows. ``momentum`` and the biases may be None; weight and momentum are float32, bfloat16 or float8 (e4m3), biases float32."""
 
     weight: Tensor  # (H, D)
     momentum: Tensor | None  # (H, D)

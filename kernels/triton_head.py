@@ -17,7 +17,9 @@ from torch import Tensor
 
 from haste_kernels import triton_tiles as tiles
 from haste_kernels import tuning
+from haste_kernels.backend import reads_float8
 from haste_kernels.products import mm, operand_dtype
+from haste_kernels.rounding import FLOAT8
 from haste_kernels.state import HeadState, Positives, StepArgs
 
 CHUNK_BYTES = 64 << 20  # a chunk's dz
@@ -145,7 +147,7 @@ def _gradient(
 def _update(
     x,  # (N, D) operand type, in
     dz,  # (R, N) operand type, in
-    weight,  # (R, D) float32 or bfloat16, in and out
+    weight,  # (R, D) float32, bfloat16 or float8, in and out
     momentum,  # the same shape or None, in and out
     n,
     rows,  # R
@@ -179,6 +181,11 @@ def _update(
     tiles.sgd(
         weight, momentum, at, mask, old, dw, first_row + row, first_column, lr, scale, decay, inertia, step, seed_low, seed_high
     )  # fmt: skip
+
+
+def takes(x_ND: Tensor, head: HeadState) -> bool:
+    """Whether these kernels are made for the state's types; plain torch takes any."""
+    return torch.float64 not in (x_ND.dtype, head.weight.dtype) and (head.weight.dtype != FLOAT8 or reads_float8(x_ND.device))
 
 
 @torch.no_grad()

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from haste_kernels import triton_tiles as tiles
 from haste_kernels import tuning
+from haste_kernels.backend import reads_float8
 from haste_kernels.products import operand_dtype
+from haste_kernels.rounding import FLOAT8
 from haste_kernels.state import Positives, StepArgs, TailState
 
 # dx is a sum of thousands of small parts, and adding them is what bounds the step. Added in float16, they are half the bytes; a
@@ -146,7 +148,7 @@ def _scatter(out, value, mask, A: tl.constexpr, SCRATCH: tl.constexpr):
 def _tail_step(
     x,  # (D, NP) operand type, in: x transposed, zero beyond N
     dx,  # (copies, D, NP) float32 or float16, added to; SCRATCH: (groups of this launch * F, NP) float32, out
-    weight,  # (T, G, F) float32 or bfloat16, in and out
+    weight,  # (T, G, F) float32, bfloat16 or float8, in and out
     momentum,  # the same shape or None, in and out
     index,  # (T, F) int16 or int32, in
     bias,  # (T, G) float32 or None, in and out
@@ -357,7 +359,8 @@ def tail_step(
 def takes(x_ND: Tensor, tail: TailState) -> bool:
     """Whether these kernels are made for the state's G, F and types; plain torch takes any."""
     _, size, fan_in = tail.weight.shape
-    return size in TABLE and 16 <= fan_in <= 256 and torch.float64 not in (x_ND.dtype, tail.weight.dtype)
+    known = torch.float64 not in (x_ND.dtype, tail.weight.dtype) and (tail.weight.dtype != FLOAT8 or reads_float8(x_ND.device))
+    return known and size in TABLE and 16 <= fan_in <= 256
 
 
 def key(tail: TailState, n: int) -> str:

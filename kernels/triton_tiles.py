@@ -40,21 +40,35 @@ def cut(value, half):
 
 
 @triton.jit
-def rounded(value, row, first_column, step, seed_low, seed_high, STREAM: tl.constexpr):
-    """Float32 (R, C) to bfloat16, up or down at random with the exact mean; what bfloat16 holds, infinity and NaN stay.
+def cut_to_float8(value, half):
+    """Float32 to e4m3 in the same way: see ``rounding._cut_to_float8``."""
+    bits = value.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + (half << 4)) >> 20) - 960
+    small = ((tl.minimum(tl.abs(value), 0.015625) * 33554432.0).to(tl.uint32) + half) >> 16
+    code = tl.minimum(tl.where(magnitude < 0x3C800000, small, normal), 0x7E)
+    code = tl.where(magnitude < 0x7F800000, code, 0x7F) | ((bits >> 24) & 0x80)
+    return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def rounded(value, row, first_column, step, seed_low, seed_high, STREAM: tl.constexpr, FLOAT8: tl.constexpr):
+    """Float32 (R, C) to bfloat16 or float8, up or down at random with the exact mean; what the type holds and NaN stay.
 
     ``row`` (R,) int64: global rows; ``first_column`` a multiple of 8.
     """
     block = first_column // 8 + tl.arange(0, value.shape[1] // 8)
     half = random_halves(row[:, None], block[None, :], step, seed_low, seed_high, STREAM)
-    return cut(value, tl.reshape(half, value.shape))
+    half = tl.reshape(half, value.shape)
+    return cut_to_float8(value, half) if FLOAT8 else cut(value, half)
 
 
 @triton.jit
 def store(pointer, at, mask, value, row, first_column, step, seed_low, seed_high, STREAM: tl.constexpr):
-    """Writes float32 (R, C) ``value`` to ``pointer + at``: rounded stochastically if the memory is bfloat16."""
-    if pointer.dtype.element_ty == tl.bfloat16:
-        tl.store(pointer + at, rounded(value, row, first_column, step, seed_low, seed_high, STREAM), mask=mask)
+    """Writes float32 (R, C) ``value`` to ``pointer + at``: rounded stochastically if the memory is bfloat16 or float8."""
+    HELD: tl.constexpr = pointer.dtype.element_ty
+    if HELD == tl.bfloat16 or HELD == tl.float8e4nv:
+        tl.store(pointer + at, rounded(value, row, first_column, step, seed_low, seed_high, STREAM, HELD == tl.float8e4nv), mask=mask)
     else:
         tl.store(pointer + at, value, mask=mask)
 

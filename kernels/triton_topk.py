@@ -16,7 +16,9 @@ from torch import Tensor
 
 from haste_kernels import triton_maxima as maxima
 from haste_kernels import tuning
+from haste_kernels.backend import reads_float8
 from haste_kernels.products import operand_dtype
+from haste_kernels.rounding import FLOAT8
 from haste_kernels.state import HeadState, TailState
 from haste_kernels.triton_choose import LIST, choose, rank
 
@@ -24,6 +26,7 @@ CHUNK_BYTES = 128 << 20  # of block maxima: half a billion logits a chunk
 CHUNK_SPANS = 4096  # a program holds one number for each span of a chunk
 MOST_K = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = (*DTYPES, FLOAT8)
 
 
 def takes(x_head_ND: Tensor | None, x_tail_ND: Tensor | None, head: HeadState | None, tail: TailState | None, k: int) -> bool:
@@ -32,7 +35,9 @@ def takes(x_head_ND: Tensor | None, x_tail_ND: Tensor | None, head: HeadState | 
     weights = [part.weight for part in (head, tail) if part is not None]
     return (
         1 <= k <= MOST_K
-        and all(value.dtype in DTYPES for value in given + weights)
+        and all(x.dtype in DTYPES for x in given)
+        and all(weight.dtype in WEIGHT_DTYPES for weight in weights)
+        and (all(weight.dtype != FLOAT8 for weight in weights) or reads_float8(weights[0].device))
         and all(weight.is_contiguous() for weight in weights)
         and all(0 < x.numel() < 1 << 30 for x in given)
         and (tail is None or tail.weight.shape[1] in (16, 32, 64, 128))

@@ -76,6 +76,8 @@ def bench_kernels(words: Words) -> int:
         return WRONG
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH, highlight=False)
     console.print(table(rows, ceilings, device))
+    for number, note in enumerate(notes_of(rows), 1):
+        console.print(f"[{number}] {note}", markup=False, soft_wrap=True)
     distinct = {(row.case.topic, row.provider, *row.shape.items()): row for row in rows if row.figures}
     restless = sum(row.figures["p80_ms"] > RESTLESS * row.figures["p20_ms"] for row in distinct.values())
     if restless:
@@ -98,7 +100,7 @@ def run(settings: Settings, device: torch.device, progress: Stages) -> tuple[lis
     """Gates, then measures, every case. Raises Wrong."""
     providers = _providers(settings, progress)
     _gate(settings, providers, device, progress)
-    dtype = getattr(torch, settings.cases[0].dtype)
+    dtype = getattr(torch, settings.cases[0].x_dtype)
     progress("ceilings", 1)("copy and GEMM")
     ceilings = measure_ceilings(device, dtype, settings.seconds)
     rows: dict[tuple[Any, ...], Row] = {}
@@ -119,6 +121,11 @@ def run(settings: Settings, device: torch.device, progress: Stages) -> tuple[lis
     return shown, ceilings
 
 
+def notes_of(rows: list[Row]) -> list[str]:
+    """Why rows have no figures, each reason once: the table counts them from 1."""
+    return list(dict.fromkeys(row.note for row in rows if row.note))
+
+
 def table(rows: list[Row], ceilings: Ceilings, device: torch.device) -> Table:
     """One row a provider and shape; a rule after each shape."""
     made = Table(title=_title(ceilings, device), title_style="", title_justify="left")
@@ -126,6 +133,7 @@ def table(rows: list[Row], ceilings: Ceilings, device: torch.device) -> Table:
         made.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for name in ("p20 ms", "p50 ms", "p80 ms", "peak GiB", "x floor", "faster than dense"):
         made.add_column(name, justify="right", no_wrap=name != "faster than dense")
+    notes = notes_of(rows)
     for i, row in enumerate(rows):
         beside = {other.provider: other.figures for other in rows if other.case == row.case and other.figures}
         cells = [row.case.topic, row.provider, *(f"{row.shape[letter]:,}" if letter in row.shape else "" for letter in "LNDFGK")]
@@ -135,7 +143,7 @@ def table(rows: list[Row], ceilings: Ceilings, device: torch.device) -> Table:
             cells.append(f"{p50 / beside[FLOOR]['p50_ms']:.2f}" if FLOOR in beside else "")
             cells.append(f"{beside[DENSE]['p50_ms'] / p50:.2f}" if DENSE in beside else "")
         else:
-            cells += ["", row.note]
+            cells += ["", f"[{notes.index(row.note) + 1}]"]
         last = i + 1 == len(rows) or rows[i + 1].case != row.case
         made.add_row(*cells, end_section=last, style="bold" if row.provider == "haste_dist" else "")
     return made

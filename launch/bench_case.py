@@ -14,7 +14,7 @@ TOPICS_OF = {"tail": (TAIL,), "head": (HEAD,), "topk": (TOPK,), "layer": (LAYER,
 PROVIDER_NAMES = ("haste_dist", "haste_authors", "per_label_ffi", "dense", "dense_width_f", "floor")  # as the table lists them
 STEPS = (TAIL, HEAD, LAYER)
 HEAD_SHARE = 10  # the head is one label in so many
-BYTES = {"bfloat16": 2, "float32": 4, "none": 0}
+BYTES = {"bfloat16": 2, "float32": 4, "float8": 1, "none": 0}
 INT16_WIDTH = 2**15
 
 
@@ -54,9 +54,14 @@ class Case:
     fan_in: int
     group: int
     k: int
-    dtype: str = "bfloat16"
-    momentum: str = "bfloat16"  # or float32, or none
+    dtype: str = "bfloat16"  # of the weights
+    momentum: str = "bfloat16"  # or float32, float8, none
     bias: bool = True
+
+    @property
+    def x_dtype(self) -> str:
+        """Of the embedding, and of the products."""
+        return "bfloat16" if self.dtype == "float8" else self.dtype
 
     @property
     def parts(self) -> list[PartShape]:
@@ -75,7 +80,7 @@ class Case:
 
     def traffic(self) -> Traffic:
         """Of one call."""
-        value, momentum = BYTES[self.dtype], BYTES[self.momentum]
+        value, momentum, operand = BYTES[self.dtype], BYTES[self.momentum], BYTES[self.x_dtype]
         moved = flops = held = 0
         for part in self.parts:
             width = part.stop - part.start
@@ -83,8 +88,8 @@ class Case:
             weights = part.rows * (self.fan_in if part.sparse else width)
             index = groups * self.fan_in * (2 if width <= INT16_WIDTH else 4) if part.sparse else 0
             bias = 4 * part.rows * self.bias
-            x, product = value * self.batch * width, 2 * self.batch * weights
-            logits = value * self.batch * part.rows
+            x, product = operand * self.batch * width, 2 * self.batch * weights
+            logits = operand * self.batch * part.rows
             if self.topic in STEPS:
                 biases = bias * (2 if momentum else 1)
                 dx = 4 * self.batch * width

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from haste_kernels import HeadState, Positives, StepArgs, TailState, index_dtype, random_features
+from haste_kernels import STORED, HeadState, Positives, StepArgs, TailState, index_dtype, random_features
 from haste_launch.bench_case import Case, PartShape
 
 LABELS_A_TEXT = 5
+DRAWN = 1 << 24  # float8 values drawn at once
 # A rate so small that a thousand steps on one batch leave the states as they are, and one at which a step shows.
 TIMED = StepArgs(lr=1e-6, scale=1.0, momentum=0.9, weight_decay=1e-4, seed=1, step=2)
 CHECKED = StepArgs(lr=0.01, scale=1.0, momentum=0.9, weight_decay=1e-4, seed=1, step=2)
@@ -53,7 +54,7 @@ def state_tensors(state: HeadState | TailState) -> dict[str, Tensor]:
 def make_parts(case: Case, device: torch.device, integers: int = 0, padded: int = 0, seed: int = 0) -> list[Part]:
     """The parts of ``case``. ``integers``: all values are whole numbers up to this, so that scores are exact and often tie.
     ``padded``: rows of the last sparse group that are no labels. On the meta device there are shapes and no values."""
-    dtype = getattr(torch, case.dtype)
+    dtype = getattr(torch, case.x_dtype)
     random = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
     x_ND = _values((case.batch, case.width), dtype, 1.0, random, integers)
     positives = zipf_positives(case.labels - padded, case.batch, seed)
@@ -78,12 +79,12 @@ def zipf_positives(labels: int, batch: int, seed: int) -> Positives:
 
 
 def _state(case: Case, shape: PartShape, first_row: int, rows: int, random: torch.Generator | None, integers: int) -> HeadState | TailState:
-    dtype = getattr(torch, case.dtype)
+    dtype = STORED[case.dtype]
     width = shape.stop - shape.start
     groups = -(-shape.rows // case.group)
     size: tuple[int, ...] = (groups, case.group, case.fan_in) if shape.sparse else (shape.rows, width)
     weight = _values(size, dtype, size[-1] ** -0.5, random, integers)
-    momentum = None if case.momentum == "none" else _values(size, getattr(torch, case.momentum), 0.1, random)
+    momentum = None if case.momentum == "none" else _values(size, STORED[case.momentum], 0.1, random)
     bias = bias_momentum = None
     if case.bias:
         bias = _values(size[:-1], torch.float32, 1.0, random, integers)
@@ -107,4 +108,8 @@ def _values(size: tuple[int, ...], dtype: torch.dtype, scale: float, random: tor
     made = torch.empty(size, dtype=dtype, device=random.device)
     if integers:
         return made.copy_(torch.randint(-integers, integers + 1, size, generator=random, device=random.device))
+    if dtype == STORED["float8"]:  # has no normal_ of its own
+        for part in made.flatten().split(DRAWN):
+            part.copy_(torch.randn(len(part), generator=random, device=random.device).mul_(scale))
+        return made
     return made.normal_(0.0, scale, generator=random)

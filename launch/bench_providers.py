@@ -32,6 +32,12 @@ class Unsupported(Exception):
     """A provider has nothing for this shape; the message says why."""
 
 
+def _real_weights(case: Case) -> None:
+    """Raises Unsupported for weights that are only stored: nothing multiplies them as they are."""
+    if case.dtype == "float8":
+        raise Unsupported("float8 weights are of this project's steps and top-k alone")
+
+
 class Build(Protocol):
     def __call__(self, case: Case, device: torch.device, args: StepArgs, **made: int) -> Work: ...
 
@@ -71,6 +77,7 @@ def _ours_topk(case: Case, device: torch.device, args: StepArgs, **made: int) ->
 
 def _ours_linear(case: Case, device: torch.device, args: StepArgs, **made: int) -> Work:
     """The operation under GroupSharedLinear; under FixedFanInLinear where groups are of one label."""
+    _real_weights(case)
     (part,) = parts = make_parts(case, device, **made)
     state = part.state
     assert isinstance(state, TailState)
@@ -83,18 +90,21 @@ def _ours_linear(case: Case, device: torch.device, args: StepArgs, **made: int) 
 
 
 def _per_label_step(case: Case, device: torch.device, args: StepArgs, **made: int) -> Work:
+    _real_weights(case)
     parts = make_parts(case, device, **made)
     steps = [(bench_plain.PerLabelStep if isinstance(part.state, TailState) else bench_plain.DenseStep)(part, args) for part in parts]
     return Work(parts, lambda: [step() for step in steps])
 
 
 def _per_label_topk(case: Case, device: torch.device, args: StepArgs, **made: int) -> Work:
+    _real_weights(case)
     (part,) = parts = make_parts(case, device, **made)
     cut = list(bench_plain.per_label_spans(part))
     return Work(parts, lambda: bench_plain.topk(((a, bench_plain.per_label_logits(part, a, b)) for a, b in cut), case.k))
 
 
 def _dense_parts(case: Case, device: torch.device, made: dict[str, int]) -> list[Part]:
+    _real_weights(case)
     return make_parts(replace(case, topic=HEAD), device, **made)
 
 
@@ -168,6 +178,7 @@ def _authors_product(part: Part, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _authors_parts(case: Case, device: torch.device, made: dict[str, int]) -> list[Part]:
+    _real_weights(case)
     if case.group not in (16, 32, 64) or case.fan_in % 16 or case.fan_in > 128:
         raise Unsupported("its kernels take groups of 16, 32 or 64 and a fan-in of 16 to 128 in steps of 16")
     parts = make_parts(replace(case, momentum="none" if case.momentum == "none" else "float32"), device, **made)

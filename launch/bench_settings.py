@@ -75,7 +75,7 @@ def read_words(args: Namespace) -> Words:
         place = Path(args.records)
         if place.exists() and not (place.is_dir() and os.access(place, os.W_OK)):
             raise ConfigError(f"--records {place}: no folder that can be written to")
-    dtype = _one("--dtype", args.dtype, ("bfloat16", "float32"))
+    dtype = _one("--dtype", args.dtype, ("bfloat16", "float32", "float8"))
     momentum = _one("--momentum", args.momentum, tuple(BYTES))
     try:
         seconds = float(args.seconds or 0)
@@ -92,7 +92,7 @@ def settle(words: Words, cuda: bool) -> Settings:
     defaults = (QUICK_GPU if words.quick else GPU) if cuda else (QUICK_CPU if words.quick else CPU)
     numbers = {name: words.numbers[name] or defaults[name] for name in NUMBERS}
     dtype = words.dtype or ("bfloat16" if cuda else "float32")
-    momentum = words.momentum or dtype
+    momentum = words.momentum or ("bfloat16" if dtype == "float8" else dtype)
     topics = [topic for what in words.whats or TOPICS_OF for topic in TOPICS_OF[what]]
     base = {name: values[0] for name, values in numbers.items()}
     shapes = [dict(zip(NUMBERS, values, strict=True)) for values in product(*numbers.values())]

@@ -253,8 +253,8 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
         ("--providers", "NAMES", "of haste_dist, haste_authors, per_label_ffi, dense, dense_width_f, floor (default all)"),
         ("--plot", "FILE", "draw time and memory against L, N, F and G as .png; sweeps these if no sweep or list is given"),
         ("--records", "DIR", "folder that figures are appended to, or none (default benchmarks/records on a GPU, none on a CPU)"),
-        ("--dtype", "TYPE", "of weights and embedding: bfloat16 (default on a GPU) or float32"),
-        ("--momentum", "TYPE", "bfloat16, float32 or none (default as --dtype)"),
+        ("--dtype", "TYPE", "of weights and embedding: bfloat16 (default on a GPU), float32, or float8 (of the weights alone)"),
+        ("--momentum", "TYPE", "bfloat16, float32, float8 or none (default as --dtype; bfloat16 beside float8)"),
         ("--seconds", "S", "each measurement takes (default 0.5 on a GPU, 0.1 on a CPU)"),
     ):
         names = ["-k", "--k"] if flag == "-k" else [flag]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from haste_dist.augmentation import SPLIT as LABEL_TEXTS_SPLIT
-from haste_dist.classifier import feature_slice
+from haste_dist.classifier import feature_slice, stored_dtypes
 from haste_dist.config import Config
 from haste_dist.cost_model import CostModel, Load, Network, kept_path, load_model, load_of
 from haste_dist.devices import SHORT, known_device
@@ -96,8 +96,7 @@ def load_of_run(config: Config, facts: Facts, made: MemoryPlan, tokens: int) -> 
     output, encoder, n = config.output, config.encoder, config.train.batch_size
     cuda = facts.device == "cuda"
     sizes = {"float32": 4, "bfloat16": 2, "auto": 2 if cuda else 4}
-    weight = sizes[output.weight_dtype]
-    momentum = weight if output.momentum_dtype == "auto" else sizes[output.momentum_dtype]
+    weight, momentum = (dtype.itemsize for dtype in stored_dtypes(output, cuda))
     width = made.encoder.width
     return load_of(
         labels=facts.labels,

@@ -70,7 +70,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
         ("--plot out.pdf", "--plot out.pdf: a plot is written as .png"),
         ("--records NOFOLDER", "no folder that can be written to"),
         ("--dtype float16", "--dtype float16: one of bfloat16, float32"),
-        ("--momentum yes", "--momentum yes: one of bfloat16, float32, none"),
+        ("--momentum yes", "--momentum yes: one of bfloat16, float32, float8, none"),
         ("--seconds long", "--seconds long: not a number"),
         ("--seconds -1", "--seconds -1: between 0 and 3600"),
         ("--seconds nan", "--seconds nan: between 0 and 3600"),

@@ -15,9 +15,9 @@ from torch import Tensor
 import haste_kernels
 from haste_kernels import Positives, StepArgs, TailState, reference, stochastic_round
 from haste_launch import bench, cli
-from haste_launch.bench_case import TAIL, TOPICS_OF, Case, Ceilings
+from haste_launch.bench_case import BACKWARD, FORWARD, TAIL, TOPICS_OF, Case, Ceilings
 from haste_launch.bench_gate import check_small
-from haste_launch.bench_providers import PROVIDERS, Provider
+from haste_launch.bench_providers import PROVIDERS, Provider, Unsupported
 
 CPU = torch.device("cpu")
 TINY = "--labels 96 --batch 20 --width 32 --fan-in 8 --group 16 -k 5 --seconds 0.001"
@@ -51,6 +51,21 @@ def test_every_provider_passes(topic: str, dtype: str) -> None:
             assert [check for check in checks if check.red] == []
             compared += len(checks)
     assert compared
+
+
+@pytest.mark.parametrize("topic", ALL_TOPICS)
+def test_float8_weights_pass_where_they_are_supported(topic: str) -> None:
+    for name, provider in PROVIDERS.items():
+        if topic not in provider.build or provider.missing():
+            continue
+        for momentum in ("bfloat16", "float8", "none"):
+            if name == "haste_dist" and topic not in (FORWARD, BACKWARD):
+                checks = check_small(name, provider, case(topic, "float8", momentum), CPU)
+                assert checks
+                assert [check for check in checks if check.red] == []
+            elif topic not in provider.unchecked:
+                with pytest.raises(Unsupported):
+                    check_small(name, provider, case(topic, "float8", momentum), CPU)
 
 
 def kept(step: Step, change: Callable[[TailState, TailState], None]) -> Step:

@@ -60,7 +60,7 @@ def test_equals_reference(groups, size, padded, head_rows, n, k, levels, chunk, 
     assert torch.equal(scores, expected_scores.float())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_equals_torch_topk_where_blocks_are_left_out(dtype):
     """Thousands of rows and real-valued scores: most blocks are never looked at, in the default chunks."""
     torch.manual_seed(0)

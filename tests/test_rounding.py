@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haste_kernels.rounding import MOMENTUM, ROUNDS, WEIGHT, philox, random_words, stochastic_round
+from haste_kernels.rounding import FLOAT8, MOMENTUM, ROUNDS, WEIGHT, philox, random_words, stochastic_round
 from haste_kernels.state import StepArgs
 from haste_kernels.update import sgd_
 
@@ -136,3 +136,52 @@ def test_weight_and_momentum_are_rounded_by_their_own_streams():
     assert torch.equal(weight, stochastic_round(dw, 8, 6, rows, WEIGHT))
     assert torch.equal(momentum, stochastic_round(dw, 8, 6, rows, MOMENTUM))
     assert not torch.equal(weight, momentum)
+
+
+EIGHTS = torch.arange(256, dtype=torch.uint8).view(FLOAT8)  # every value that float8 has
+
+
+def test_every_value_of_float8_stays():
+    real = EIGHTS.float()[~EIGHTS.float().isnan()]
+    for step in range(20):
+        got = stochastic_round(real.expand(4, -1).contiguous(), 5, step, torch.arange(4), WEIGHT, FLOAT8)
+        assert torch.equal(got.float(), real.expand(4, -1))
+
+
+def test_float8_has_neither_infinity_nor_more_than_448():
+    values = torch.tensor([[float("inf"), -float("inf"), float("nan"), 449.0, -1e30, 448.0, -0.0]])
+    got = stochastic_round(values, 0, 0, torch.tensor([0]), WEIGHT, FLOAT8)[0].float()
+    assert got.isnan().tolist() == [True, True, True, False, False, False, False]
+    assert got[3:].tolist() == [448.0, -448.0, 448.0, 0.0]
+    assert bool(got[-1].signbit())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-447.0, 447.0, width=32), st.integers(0, 1000))
+def test_float8_is_one_of_the_two_neighbours(value, step):
+    """And so are its neighbours found here: in the sorted list of all values."""
+    real = EIGHTS.float()[~EIGHTS.float().isnan()].unique()
+    got = stochastic_round(torch.full((64, 8), value), 1, step, torch.arange(64), MOMENTUM, FLOAT8).float()
+    low, high = real[real <= value].max(), real[real >= value].min()
+    assert bool(((got == low) | (got == high)).all())
+
+
+def test_the_mean_of_float8_is_exact_within_three_standard_errors():
+    values = torch.tensor([1.001, -0.3333, 0.0071, -0.0001, 0.0149, 3.3, -123.456, 2e-7])  # steps from 2^-9 to 2^3
+    draws, rows = 10_000, torch.arange(50)
+    made = [
+        stochastic_round(values.expand(50, -1).contiguous(), 3, step, rows, WEIGHT, FLOAT8).double() for step in range(draws // len(rows))
+    ]
+    drawn = torch.cat(made)
+    real = EIGHTS.double()[~EIGHTS.double().isnan()].unique()
+    for i, value in enumerate(values.double()):
+        low, high = real[real <= value].max(), real[real >= value].min()
+        exact = ((value - low) * (high - value) / draws).sqrt()  # of a draw that is one of two values with the right mean
+        assert (drawn[:, i].mean() - value).abs() <= 3 * exact + (high - low) * 2.0**-16
+
+
+def test_a_float8_row_is_stored_the_same_by_any_shard():
+    values = 0.1 * torch.randn(40, 33)
+    whole = stochastic_round(values, 9, 2, torch.arange(100, 140), WEIGHT, FLOAT8)
+    parts = [stochastic_round(values[i : i + 10], 9, 2, torch.arange(100 + i, 110 + i), WEIGHT, FLOAT8) for i in range(0, 40, 10)]
+    assert torch.equal(torch.cat(parts).view(torch.uint8), whole.view(torch.uint8))

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from haste_kernels import stochastic_round
 from haste_kernels import triton_tiles as tiles
+from haste_kernels.rounding import FLOAT8
 
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU: tests/gpu runs the kernels themselves", allow_module_level=True)
@@ -38,25 +39,28 @@ def _round(
     tiles.store(out, at, mask, v, first_row + row, tl.program_id(1) * C, step, low, high, STREAM)
 
 
-def rounded(value, first_row, stream, rows, columns, step=STEP):
-    out = torch.empty_like(value, dtype=torch.bfloat16)
+def rounded(value, first_row, stream, rows, columns, step=STEP, dtype=torch.bfloat16):
+    out = torch.empty_like(value, dtype=dtype)
     grid = (len(value) // rows, triton.cdiv(value.shape[1], columns))
     _round[grid](out, value, value.shape[1], first_row, step, SEED & 0xFFFFFFFF, SEED >> 32, STREAM=stream, R=rows, C=columns)
     return out
 
 
 def same_bits(a, b):
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 16), (16, 64), (2, 32)])
 @pytest.mark.parametrize("stream", [0, 1])
-def test_bits_are_those_of_the_definition_in_any_tile(rows, columns, stream):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT8])
+def test_bits_are_those_of_the_definition_in_any_tile(rows, columns, stream, dtype):
     torch.manual_seed(0)
-    value = torch.randn(32, 45) * torch.logspace(-30, 30, 45)
+    value = torch.randn(32, 45) * (torch.logspace(-30, 30, 45) if dtype == torch.bfloat16 else torch.logspace(-4, 3, 45))
+    if dtype == FLOAT8:  # of bfloat16's NaN the bits are not given
+        value[0, :4] = torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0])
     first = 2**33 - 7
-    expected = stochastic_round(value, SEED, STEP, torch.arange(first, first + 32), stream)
-    assert same_bits(rounded(value, first, stream, rows, columns), expected)
+    expected = stochastic_round(value, SEED, STEP, torch.arange(first, first + 32), stream, dtype)
+    assert same_bits(rounded(value, first, stream, rows, columns, dtype=dtype), expected)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from haste_kernels import HeadState, Positives, StepArgs, TailState, backend, random_features, reference, tuning
+from haste_kernels import STORED, HeadState, Positives, StepArgs, TailState, backend, random_features, reference, tuning
 from haste_kernels.triton_head import head_step
 from haste_kernels.triton_tail import CANDIDATES, TABLE, TailConfig, default_config, tail_step, takes
 
@@ -122,15 +122,26 @@ def test_shards_store_the_same_bits(shards):
     torch.testing.assert_close(total, dx, rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_is_rounded_as_the_definition_does():
+@pytest.mark.parametrize("weight", ["bfloat16", "float8"])
+@pytest.mark.parametrize("momentum", ["bfloat16", "float8"])
+@pytest.mark.parametrize("step", ["head", "tail"])
+def test_what_is_stored_short_is_rounded_as_the_definition_does(step, weight, momentum):
     torch.manual_seed(0)
     tail, x_ND = make_tail(3, 16, 32, 50, 0), torch.randn(40, 50)
-    tail.weight, tail.momentum = tail.weight.bfloat16(), tail.momentum.bfloat16()
-    positives, truth = make_positives(48, 40, 0.1), copy.deepcopy(tail)
-    tail_step(x_ND, positives, tail, ARGS, config=ROWS_FIRST)
-    reference.tail_step(x_ND, positives, truth, ARGS)
-    for got, want in ((tail.weight, truth.weight), (tail.momentum, truth.momentum)):
-        assert float((got == want).float().mean()) > 0.999  # but for a value whose float32 sums lie on two sides of a step
+    head = HeadState(0.1 * torch.randn(48, 50), 0.1 * torch.randn(48, 50), torch.randn(48), torch.randn(48), FIRST_ROW)
+    state = tail if step == "tail" else head
+    state.weight, state.momentum = state.weight.to(STORED[weight]), state.momentum.to(STORED[momentum])
+    positives, truth = make_positives(48, 40, 0.1), copy.deepcopy(state)
+    if step == "tail":
+        dx, _ = tail_step(x_ND, positives, state, ARGS, config=ROWS_FIRST)
+        true_dx, _ = reference.tail_step(x_ND, positives, truth, ARGS)
+    else:
+        dx, _ = head_step(x_ND, positives, state, ARGS)
+        true_dx, _ = reference.head_step(x_ND, positives, truth, ARGS)
+    torch.testing.assert_close(dx.double(), true_dx, rtol=1e-4, atol=1e-5)
+    for got, want in ((state.weight, truth.weight), (state.momentum, truth.momentum)):
+        assert got.dtype == want.dtype
+        assert float((got.float() == want.float()).float().mean()) > 0.999  # but for a value whose float32 sums lie on two sides of a step
 
 
 def test_deterministic_parts_are_added_in_chunks(monkeypatch):

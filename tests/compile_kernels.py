@@ -1,0 +1,80 @@
+"""Compiles kernels for GPUs that need not be there: what an interpreter cannot see (types, layouts, shared memory) shows on any machine.
+
+    python compile_kernels.py 90 bfloat16 float8        # capability, then types of the weights
+
+Prints a line a kernel: its name, how many instructions convert float8, and the bytes of shared memory. Exit status 1 where one does not compile.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from haste_kernels import tuning
+from haste_launch.bench_case import BACKWARD, FORWARD, HEAD, TAIL, TOPK, Case
+from haste_launch.bench_tune import META, tunables
+
+
+class NoGpu:
+    """What the compiler asks a driver for."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def cases(weight: str) -> Iterator[Case]:
+    momenta = {"float8": ("bfloat16", "none"), "bfloat16": ("bfloat16", "none"), "float32": ("float32",)}[weight]
+    for momentum in momenta:
+        yield Case(HEAD, 4096, 128, 384, 64, 16, 5, weight, momentum)
+        for group in (16, 64) if momentum == momenta[0] else (32,):
+            yield Case(TAIL, 4096, 128, 768, 64, group, 5, weight, momentum)
+    yield Case(TOPK, 65_536, 128, 768, 64, 16, 100, weight, "none")
+    if weight == "bfloat16":
+        yield Case(FORWARD, 4096, 128, 768, 64, 16, 0, weight, "none")
+        yield Case(BACKWARD, 4096, 128, 768, 64, 32, 0, weight, "none")
+
+
+def main(capability: int, weights: list[str]) -> int:
+    triton.runtime.driver.set_active(NoGpu(capability))  # type: ignore[arg-type]
+    torch.cuda.get_device_capability = lambda *_: divmod(capability, 10)  # type: ignore[assignment]
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=132)  # type: ignore[assignment]
+    run = triton.JITFunction.run
+    failed = 0
+
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = run(self, *args, **kwargs)
+        if made is not None:
+            converts = len(re.findall(r"cvt[^;]*e4m3", made.asm["ptx"]))
+            print(f"{self.fn.__name__} {weight} {converts} {made.metadata.shared}", flush=True)
+        return made
+
+    triton.JITFunction.run = told
+    for weight in weights:
+        for case in cases(weight):
+            for one in tunables(case, META):
+                try:
+                    with tuning.compile_only():
+                        one.call(one.default)
+                except Exception as error:  # whatever the compiler says
+                    failed += 1
+                    print(f"{one.kernel} {one.key}: {type(error).__name__}: {error}"[:2000], file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
