@@ -172,9 +172,7 @@ class LossSpikes:
 def dead_groups(classifier: Classifier, world: World) -> int:
     """Tail groups, over all ranks, whose mean |w| is under a hundredth of the tail's: what they answer hardly depends on the text."""
     weight_TGF = classifier.tail.weight
-    parts = [
-        weight_TGF[at : at + GROUPS_AT_ONCE].float().abs().mean(dim=(1, 2)) for at in range(0, len(weight_TGF), GROUPS_AT_ONCE)
-    ]
+    parts = [weight_TGF[at : at + GROUPS_AT_ONCE].float().abs().mean(dim=(1, 2)) for at in range(0, len(weight_TGF), GROUPS_AT_ONCE)]
     mean_T = torch.cat(parts) if parts else weight_TGF.new_zeros(0, dtype=torch.float32)
     total = sum_over_ranks(torch.stack([mean_T.double().sum(), mean_T.new_tensor(len(mean_T)).double()]), world)
     return int(sum_over_ranks((mean_T < DEAD * total[0] / total[1].clamp(min=1)).sum().reshape(1), world))

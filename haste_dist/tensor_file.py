@@ -43,7 +43,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     for name in order:
         start, end = end, end + tensors[name].nbytes
         header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:

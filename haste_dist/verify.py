@@ -219,7 +219,7 @@ def _check_tensors(folder: Path, page: dict[str, Any], order: LabelOrder | None,
                 rows = max(1, PIECE // max(1, int(np.prod(shape[1:], dtype=np.int64))))
                 for at in range(0, shape[0], rows):
                     part = source[at : at + rows] if source.get_shape() else file.get_tensor(key)
-                    _need(bool(torch.isfinite(part).all()), f"{name}: {key} holds a number that is not finite")
+                    _need(bool(torch.isfinite(part.double()).all()), f"{name}: {key} holds a number that is not finite")
                     if key == "tail.index":
                         sound = bool((part[:, 1:] > part[:, :-1]).all()) and 0 <= int(part.min()) <= int(part.max()) < (width or 2**31)
                         _need(sound, f"{name}: features of a group are not ascending or not within 0 .. {(width or 2**31) - 1}")

@@ -46,6 +46,7 @@ def whole(parts: list[Classifier], name: str) -> Tensor:
     [
         (),
         ("output.bias=true", "output.loss=squared_hinge", "output.weight_dtype=bfloat16"),
+        ("output.bias=true", "output.weight_dtype=float8"),
         ("output.tail_dropout=0.5", "output.head_dropout=0.3"),
     ],
 )
@@ -58,7 +59,7 @@ def test_shards_together_are_the_whole_layer(words: tuple[str, ...]) -> None:
         torch.testing.assert_close(sum(p[0] for p in parts), dx, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(sum(p[1] for p in parts), loss, rtol=1e-5, atol=1e-6)
     for name in one[0].tensors():
-        torch.testing.assert_close(whole(three, name), whole(one, name), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(whole(three, name).double(), whole(one, name).double(), rtol=1e-5, atol=1e-6)
     scores, found = one[0].topk(x_ND, 7)
     merged = merge_topk(*(torch.cat(t, dim=1) for t in zip(*(part.topk(x_ND, 7) for part in three), strict=True)), 7)
     torch.testing.assert_close(merged[0], scores, rtol=1e-5, atol=1e-6)

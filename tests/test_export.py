@@ -28,13 +28,18 @@ TEXTS = ["w0 w1 w14", "w7 w8 w9 w21", "w3", "w190 w2 w5 w6 w7"]
 
 
 ENCODERS = [{"pooling": "mean", "normalize": False}, {"pooling": "cls", "normalize": True}]
+STORED = {"bfloat16": "BF16", "float8": "F8_E4M3"}  # of the weights, in the first and in the second
 
 
-@pytest.fixture(scope="module", params=ENCODERS, ids=["mean", "cls"])
+TRAINED = list(zip(ENCODERS, STORED, strict=True))
+
+
+@pytest.fixture(scope="module", params=TRAINED, ids=["mean", "cls"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Labels that do not fill their last group, slices for head and tail."""
-    words = ["output.head_features=[0,24]", "output.tail_features=[8,32]", "output.weight_dtype=bfloat16", "train.max_steps=24"]
-    words += [f"encoder.{name}={value}" for name, value in request.param.items()]
+    encoder, weight = request.param
+    words = ["output.head_features=[0,24]", "output.tail_features=[8,32]", f"output.weight_dtype={weight}", "train.max_steps=24"]
+    words += [f"encoder.{name}={value}" for name, value in encoder.items()]
     config = make_prepared(tmp_path_factory.mktemp("run"), labels=101, texts=256, overrides=words)
     train(config, join_world("cpu"))
     return config
@@ -44,7 +49,7 @@ def test_an_exported_run_predicts_as_the_run_does(trained: Config, tmp_path: Pat
     out = export(trained.run.folder, tmp_path / "deep" / "out", "last")
     with safe_open(out / "output.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == ["head.bias", "head.weight", "tail.bias", "tail.index", "tail.weight"]
-        assert file.get_slice("tail.weight").get_dtype() == "BF16"
+        assert file.get_slice("tail.weight").get_dtype() == STORED[trained.output.weight_dtype]
     here, there = Predictor(trained.run.folder, "last", "cpu"), Predictor(out, device="cpu")
     ours, scores = here.topk(TEXTS, 20)
     theirs, their_scores = there.topk(TEXTS, 20)
@@ -95,7 +100,7 @@ def test_a_dense_layer_and_onnx_give_the_run_s_logits(trained: Config, tmp_path:
         dense_layer({}, {"labels": 10**6, "width": 768, "head_rows": 0}, np.arange(1))
 
 
-@pytest.mark.parametrize("trained", ENCODERS[:1], ids=["mean"], indirect=True)
+@pytest.mark.parametrize("trained", TRAINED[:1], ids=["mean"], indirect=True)
 def test_the_command_and_its_refusals(trained: Config, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = haste("export", trained.run.folder, str(out), "--checkpoint", "last", "--format", "dense")

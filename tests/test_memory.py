@@ -69,7 +69,7 @@ def test_the_plan_knows_the_kernels_numbers() -> None:
     st.integers(1, 5),
     st.sampled_from([0.0, 0.1, 1.0]),
     st.sampled_from([16, 64]),
-    st.sampled_from(["float32", "bfloat16"]),
+    st.sampled_from(["float32", "bfloat16", "float8"]),
     st.sampled_from(["auto", "float32", "bfloat16", "none"]),
     st.booleans(),
 )

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import shutil
 import threading
@@ -21,7 +22,7 @@ from haste_dist.checkpoint import RunState
 from haste_dist.config import CheckpointConfig, Config
 from haste_dist.errors import CheckpointError, HasteError
 from haste_dist.runlog import read_events
-from haste_dist.saver import Saver, retained
+from haste_dist.saver import Saver, _find_not_finite, retained
 from haste_dist.tensor_file import write_tensors
 from haste_dist.train import train
 from haste_dist.world import World, join_world
@@ -35,7 +36,7 @@ class NoEncoder:
 
 
 def test_files_are_what_safetensors_writes(tmp_path: Path) -> None:
-    kinds = [torch.float32, torch.bfloat16, torch.int16, torch.int64, torch.uint8]
+    kinds = [torch.float32, torch.bfloat16, torch.int16, torch.int64, torch.uint8, torch.float8_e4m3fn]
     tensors = {f"t{i}": torch.arange(3 * i).reshape(i, 3).to(kind) for i, kind in enumerate(kinds)} | {"scalar": torch.tensor(2.5)}
     record = write_tensors(tmp_path / "ours", tensors, {"a": "1"})
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "ours").items())
@@ -251,3 +252,13 @@ def test_the_bench_measures_and_removes_what_it_wrote(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "records" / "checkpoint.jsonl").read_text())
     assert record["bytes"] > 1008 * 8 * 4 * 2
     assert not list((tmp_path / "disk").iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("at", [0, 5, 11])
+def test_a_tensor_with_one_bad_number_is_named(dtype: torch.dtype, at: int) -> None:
+    sound, bad = torch.tensor([448.0, -448.0, 0.0, 2.0**-9] * 3).to(dtype), torch.ones(12)
+    assert _find_not_finite({"a": sound, "b": torch.arange(3)}) == ""
+    for sign in (1.0, -1.0):
+        bad[at] = math.copysign(math.nan, sign)
+        assert _find_not_finite({"a": sound, "b": bad.to(dtype)}) == "b"
