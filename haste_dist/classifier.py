@@ -160,7 +160,7 @@ class Classifier:
 
 
 def stored_dtypes(config: OutputConfig, cuda: bool) -> tuple[torch.dtype, torch.dtype]:
-    """Of weights and momentum. Float8 is too coarse for a sum of gradients, so momentum beside it is bfloat16 unless the config says more."""
+    """Of weights and momentum. Float8 is too coarse for a sum of gradients, so momentum beside it is bfloat16 unless the config asks."""
     weight = config.weight_dtype if config.weight_dtype != "auto" else "bfloat16" if cuda else "float32"
     beside = "bfloat16" if weight == "float8" else weight
     return STORED[weight], STORED[beside if config.momentum_dtype == "auto" else config.momentum_dtype]

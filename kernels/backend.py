@@ -8,6 +8,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from haste_kernels.rounding import FLOAT8
+
 OLDEST = (3, 6)  # of Triton
 CAPABILITY = (8, 0)  # of the GPU: bfloat16 products
 FLOAT8_CAPABILITY = (8, 9)  # conversions of float8
@@ -22,9 +24,10 @@ def use_triton(x: Tensor) -> bool:
     return reason is None
 
 
-def reads_float8(device: torch.device) -> bool:
-    """Whether Triton's kernels can read and write float8 there. So it is on a CPU, in the interpreter, and where they are only compiled."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+def takes_types(x: Tensor, weight: Tensor) -> bool:
+    """Whether Triton's kernels are made for these types on this device; in the interpreter, and where they are only compiled, as on a new one."""
+    old = x.is_cuda and torch.cuda.get_device_capability(x.device) < FLOAT8_CAPABILITY
+    return torch.float64 not in (x.dtype, weight.dtype) and not (old and weight.dtype == FLOAT8)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ Letters: N batch rows, D embedding width, H rows of the head here, R rows of a c
 import torch
 from torch import Tensor
 
-from haste_kernels.backend import use_triton
+from haste_kernels.backend import takes_types, use_triton
 from haste_kernels.chunks import chunks
 from haste_kernels.losses import loss_and_gradient_
 from haste_kernels.products import mm, operand_dtype
@@ -23,11 +23,10 @@ def head_step(x_ND: Tensor, positives: Positives, head: HeadState, args: StepArg
 
     ``x_ND`` float32 or bfloat16; ``positives`` rows are relative to ``head.first_row``. On a GPU Triton kernels do it.
     """
-    if use_triton(x_ND):
+    if use_triton(x_ND) and takes_types(x_ND, head.weight):
         from haste_kernels import triton_head
 
-        if triton_head.takes(x_ND, head):
-            return triton_head.head_step(x_ND, positives, head, args, want_loss)
+        return triton_head.head_step(x_ND, positives, head, args, want_loss)
     return plain_head_step(x_ND, positives, head, args, want_loss)
 
 

@@ -58,7 +58,7 @@ def loss_gradient(z_NR: Tensor, y_NR: Tensor, loss: Loss) -> Tensor:
 
 
 def sgd(value: Tensor, momentum: Tensor | None, gradient: Tensor, args: StepArgs, rows: Tensor, weight_decay: float) -> None:
-    """One SGD step in place on (R, C) ``value`` and ``momentum``; bfloat16 and float8 are rounded stochastically by global ``rows`` (R,)."""
+    """One SGD step in place on (R, C) ``value`` and ``momentum``; bfloat16 and float8 are rounded at random by global ``rows`` (R,)."""
     old = value.double()
     g = gradient + weight_decay * old
     m = g if momentum is None else args.momentum * momentum.double() + g

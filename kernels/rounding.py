@@ -81,7 +81,8 @@ def stochastic_round(values: Tensor, seed: int, step: int, rows: Tensor, stream:
 def _cut_to_float8(values: Tensor, halves: Tensor) -> Tensor:
     """Float32 to e4m3 after ``halves``, 16 random bits, are added below what is kept.
 
-    From 2^-6 on that is float32's exponent, less 120 of its bias, and the first 3 bits of its fraction. Below, the code counts steps of 2^-9.
+    From 2^-6 on that is float32's exponent, less 120 of its bias, and the first 3 bits of its fraction. Below, a code counts
+    steps of 2^-9.
     """
     bits = values.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF

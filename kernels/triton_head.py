@@ -17,9 +17,7 @@ from torch import Tensor
 
 from haste_kernels import triton_tiles as tiles
 from haste_kernels import tuning
-from haste_kernels.backend import reads_float8
 from haste_kernels.products import mm, operand_dtype
-from haste_kernels.rounding import FLOAT8
 from haste_kernels.state import HeadState, Positives, StepArgs
 
 CHUNK_BYTES = 64 << 20  # a chunk's dz
@@ -181,11 +179,6 @@ def _update(
     tiles.sgd(
         weight, momentum, at, mask, old, dw, first_row + row, first_column, lr, scale, decay, inertia, step, seed_low, seed_high
     )  # fmt: skip
-
-
-def takes(x_ND: Tensor, head: HeadState) -> bool:
-    """Whether these kernels are made for the state's types; plain torch takes any."""
-    return torch.float64 not in (x_ND.dtype, head.weight.dtype) and (head.weight.dtype != FLOAT8 or reads_float8(x_ND.device))
 
 
 @torch.no_grad()

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from haste_kernels import triton_tiles as tiles
 from haste_kernels import tuning
-from haste_kernels.backend import reads_float8
+from haste_kernels.backend import takes_types
 from haste_kernels.products import operand_dtype
-from haste_kernels.rounding import FLOAT8
 from haste_kernels.state import Positives, StepArgs, TailState
 
 # dx is a sum of thousands of small parts, and adding them is what bounds the step. Added in float16, they are half the bytes; a
@@ -359,8 +358,7 @@ def tail_step(
 def takes(x_ND: Tensor, tail: TailState) -> bool:
     """Whether these kernels are made for the state's G, F and types; plain torch takes any."""
     _, size, fan_in = tail.weight.shape
-    known = torch.float64 not in (x_ND.dtype, tail.weight.dtype) and (tail.weight.dtype != FLOAT8 or reads_float8(x_ND.device))
-    return known and size in TABLE and 16 <= fan_in <= 256
+    return takes_types(x_ND, tail.weight) and size in TABLE and 16 <= fan_in <= 256
 
 
 def key(tail: TailState, n: int) -> str:

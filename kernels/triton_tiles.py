@@ -66,9 +66,10 @@ def rounded(value, row, first_column, step, seed_low, seed_high, STREAM: tl.cons
 @triton.jit
 def store(pointer, at, mask, value, row, first_column, step, seed_low, seed_high, STREAM: tl.constexpr):
     """Writes float32 (R, C) ``value`` to ``pointer + at``: rounded stochastically if the memory is bfloat16 or float8."""
-    HELD: tl.constexpr = pointer.dtype.element_ty
-    if HELD == tl.bfloat16 or HELD == tl.float8e4nv:
-        tl.store(pointer + at, rounded(value, row, first_column, step, seed_low, seed_high, STREAM, HELD == tl.float8e4nv), mask=mask)
+    held: tl.constexpr = pointer.dtype.element_ty
+    float8: tl.constexpr = held == tl.float8e4nv
+    if held == tl.bfloat16 or float8:
+        tl.store(pointer + at, rounded(value, row, first_column, step, seed_low, seed_high, STREAM, float8), mask=mask)
     else:
         tl.store(pointer + at, value, mask=mask)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from haste_kernels import triton_maxima as maxima
 from haste_kernels import tuning
-from haste_kernels.backend import reads_float8
+from haste_kernels.backend import takes_types
 from haste_kernels.products import operand_dtype
 from haste_kernels.rounding import FLOAT8
 from haste_kernels.state import HeadState, TailState
@@ -36,8 +36,7 @@ def takes(x_head_ND: Tensor | None, x_tail_ND: Tensor | None, head: HeadState | 
     return (
         1 <= k <= MOST_K
         and all(x.dtype in DTYPES for x in given)
-        and all(weight.dtype in WEIGHT_DTYPES for weight in weights)
-        and (all(weight.dtype != FLOAT8 for weight in weights) or reads_float8(weights[0].device))
+        and all(weight.dtype in WEIGHT_DTYPES and takes_types(given[0], weight) for weight in weights)
         and all(weight.is_contiguous() for weight in weights)
         and all(0 < x.numel() < 1 << 30 for x in given)
         and (tail is None or tail.weight.shape[1] in (16, 32, 64, 128))

@@ -2,7 +2,8 @@
 
     g = scale * dW + weight_decay * w        m = momentum * m + g        w = w - lr * m
 
-All in float32 (w moves by the unrounded m); what is stored in bfloat16 or float8 is rounded stochastically, w and m by streams of their own.
+All in float32 (w moves by the unrounded m); what is stored in bfloat16 or float8 is rounded stochastically, w and m by streams of their
+own.
 
 Letters: R rows, C columns.
 """
