@@ -25,7 +25,7 @@ def use_triton(x: Tensor) -> bool:
 
 
 def takes_types(x: Tensor, weight: Tensor) -> bool:
-    """Whether Triton's kernels are made for these types on this device; in the interpreter, and where they are only compiled, as on a new one."""
+    """Whether Triton's kernels are made for these types there; in the interpreter, and where they are only compiled, as on a new GPU."""
     old = x.is_cuda and torch.cuda.get_device_capability(x.device) < FLOAT8_CAPABILITY
     return torch.float64 not in (x.dtype, weight.dtype) and not (old and weight.dtype == FLOAT8)
 

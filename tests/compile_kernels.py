@@ -2,7 +2,7 @@
 
     python compile_kernels.py 90 bfloat16 float8        # capability, then types of the weights
 
-Prints a line a kernel: its name, the type, how many instructions convert float8, and the bytes of shared memory. Exit status 1 where one does
+Prints a line a kernel: its name, the type, instructions that convert float8, bytes of shared memory. Exit status 1 where one does
 not compile.
 """
 
