@@ -118,7 +118,7 @@ def test_the_slurm_script_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def refusals_of_ray(words: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Why ``ray start`` as ``ray symmetric-run`` with these words calls it would start no node, on the head and on a worker; empty: it would.
+    """Why ``ray start``, called as ``ray symmetric-run`` with these words calls it, would start no node; empty: it would.
 
     symmetric-run gives the same options to both, some of which only a head may have; what starts the node's processes is not reached.
     """
