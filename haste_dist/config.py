@@ -150,6 +150,9 @@ class OutputConfig:
         "auto", "auto: bfloat16 with stochastic rounding on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16")
     )
     momentum_dtype: str = setting("auto", "auto: as the weights", choices=("auto", "float32", "bfloat16"))
+    rounding: str = setting(
+        "stochastic", "of weights and momentum in bfloat16; nearest loses small updates, for comparison", choices=("stochastic", "nearest")
+    )
     half_sums: bool = setting(
         True,
         "GPU kernels, bfloat16: the tail sums its gradient to the embedding in float16, about 128 terms, then in float32; off: float32",

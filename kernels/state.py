@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 Loss = Literal["bce", "squared_hinge"]
+Rounding = Literal["stochastic", "nearest"]
 
 
 class Positives(NamedTuple):
@@ -37,6 +38,7 @@ class StepArgs:
     half_sums: bool = (
         True  # Triton, bfloat16: the tail's dx may be summed in float16 runs (kernels/triton_tail.py); off: float32 throughout
     )
+    rounding: Rounding = "stochastic"  # of what is stored in bfloat16; nearest loses updates below half of the last bit
     deterministic: bool = False  # Triton: dx is summed in a fixed order, so two runs give the same bits; slower
 
 

@@ -64,8 +64,8 @@ def write_report(study: Study, trials: Sequence[Trial], out: Path, plot: bool = 
     if plot:
         lines += [
             "",
-            f"Points are means over seeds, bars their 95% interval (bootstrap over texts), strokes single seeds; orange: {next(iter(results))}."
-            " The dashed line of the last plot joins the cases that no other beats with as little memory.",
+            "Points are means over seeds, bars their 95% interval (bootstrap over texts), strokes single seeds; "
+            f"orange: {next(iter(results))}. The dashed line of the last plot joins the cases that no other beats with as little memory.",
         ]
         for title, name in write_plots({case: _seen(case, found, draws) for case, found in results.items()}, out):
             lines += ["", f"![{title}]({name})"]

@@ -122,15 +122,22 @@ def test_shards_store_the_same_bits(shards):
     torch.testing.assert_close(total, dx, rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_is_rounded_as_the_definition_does():
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_bfloat16_is_rounded_as_the_definition_does(rounding):
+    args = replace(ARGS, rounding=rounding)
     torch.manual_seed(0)
     tail, x_ND = make_tail(3, 16, 32, 50, 0), torch.randn(40, 50)
     tail.weight, tail.momentum = tail.weight.bfloat16(), tail.momentum.bfloat16()
     positives, truth = make_positives(48, 40, 0.1), copy.deepcopy(tail)
-    tail_step(x_ND, positives, tail, ARGS, config=ROWS_FIRST)
-    reference.tail_step(x_ND, positives, truth, ARGS)
-    for got, want in ((tail.weight, truth.weight), (tail.momentum, truth.momentum)):
-        assert float((got == want).float().mean()) > 0.999  # but for a value whose float32 sums lie on two sides of a step
+    tail_step(x_ND, positives, tail, args, config=ROWS_FIRST)
+    reference.tail_step(x_ND, positives, truth, args)
+    head = HeadState(truth.weight.float().view(-1, 32).bfloat16(), truth.weight.view(-1, 32).clone(), None, None, FIRST_ROW)
+    exact = copy.deepcopy(head)
+    head_step(x_ND[:, :32].contiguous(), positives, head, args)
+    reference.head_step(x_ND[:, :32], positives, exact, args)
+    for mine, true in ((tail, truth), (head, exact)):
+        for got, want in ((mine.weight, true.weight), (mine.momentum, true.momentum)):
+            assert float((got == want).float().mean()) > 0.999  # but for a value whose float32 sums lie on two sides of a step
 
 
 def test_deterministic_parts_are_added_in_chunks(monkeypatch):
