@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from haste_dist.config import embedding_width
 from haste_dist.errors import DataError
 from haste_dist.manifest import first_line
 from haste_dist.metrics import FREQUENCY_BINS
@@ -61,7 +62,7 @@ def _figures(study: Study, trial: Trial, result: dict[str, Any]) -> dict[str, An
 def _provider(trial: Trial) -> str:
     output = trial.config.output
     if output.head_fraction == 1:
-        return "dense"
+        return "dense_width_f" if trial.config.encoder.project else "dense"
     return "per_label_ffi" if output.group_size == 1 else "haste_dist"
 
 
@@ -70,11 +71,11 @@ def _shape(trial: Trial) -> dict[str, int]:
     config = trial.config
     start = next(event for event in read_events(trial.folder) if event["event"] == "start")
     try:
-        width = int(json.loads((trial.folder / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))["hidden_size"])
+        hidden = int(json.loads((trial.folder / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))["hidden_size"])
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{trial.folder / ENCODER_FOLDER}: cannot be read ({first_line(error)})") from None
     tail = {} if config.output.head_fraction == 1 else {"F": config.output.fan_in, "G": config.output.group_size}
-    return {"L": int(start["labels"]), "N": config.train.batch_size, "D": width, **tail, "W": 1}
+    return {"L": int(start["labels"]), "N": config.train.batch_size, "D": embedding_width(config.encoder, hidden), **tail, "W": 1}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
