@@ -67,6 +67,7 @@ class Classifier:
             seed=self.seed,
             step=step,
             half_sums=config.half_sums,
+            rounding=config.rounding,  # type: ignore[arg-type]
             deterministic=config.deterministic,
         )
         dx_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)

@@ -89,6 +89,9 @@ class EncoderConfig:
     width: int = setting(256, "embedding width of a scratch encoder", low=16, high=8192)
     heads: int = setting(4, "attention heads of a scratch encoder", low=1, high=128)
     pooling: str = setting("mean", "how token vectors become one embedding", choices=("mean", "cls"))
+    project: int = setting(
+        0, "width of a trained linear layer behind pooling, which the output layer then reads (0: none)", low=0, high=8192
+    )
     normalize: bool = setting(False, "scale embeddings to length 1")
     dropout: float = setting(-1.0, "dropout inside the encoder (-1: as its own config says)", low=-1.0, high=0.95)
     frozen: bool = setting(False, "train the output layer only")
@@ -151,7 +154,10 @@ class OutputConfig:
         "auto: bfloat16 with stochastic rounding on a GPU, float32 on a CPU; float8 (e4m3) halves bfloat16's memory",
         choices=("auto", "float32", "bfloat16", "float8"),
     )
-    momentum_dtype: str = setting("auto", "auto: as the weights, bfloat16 beside float8", choices=("auto", "float32", "bfloat16"))
+    momentum_dtype: str = setting("auto", "auto: as the weights, bfloat16 beside float8", choices=("auto", "float32", "bfloat16", "float8"))
+    rounding: str = setting(
+        "stochastic", "of weights and momentum in bfloat16; nearest loses small updates, for comparison", choices=("stochastic", "nearest")
+    )
     half_sums: bool = setting(
         True,
         "GPU kernels, bfloat16: the tail sums its gradient to the embedding in float16, about 128 terms, then in float32; off: float32",
@@ -297,10 +303,16 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"encoder.lora_rank={config.encoder.lora_rank}: encoder.frozen=true trains nothing of the encoder; set one of them"
         )
+    if config.encoder.frozen and config.encoder.project:
+        raise ConfigError(f"encoder.project={config.encoder.project}: encoder.frozen=true would leave it as it was drawn; set one of them")
     if config.encoder.name == "scratch" and config.encoder.width % config.encoder.heads:
         raise ConfigError(f"encoder.width={config.encoder.width} is not a multiple of encoder.heads={config.encoder.heads}")
+    if config.output.rounding == "nearest" and "float8" in (config.output.weight_dtype, config.output.momentum_dtype):
+        raise ConfigError("output.rounding=nearest: too coarse for float8; set output.rounding=stochastic")
     if config.output.start == "centroids" and (config.groups.features != "encoder" or config.groups.encoder):
         raise ConfigError("output.start=centroids: label embeddings must be the encoder's; set groups.features=encoder, groups.encoder=")
+    if config.output.start == "centroids" and config.encoder.project:
+        raise ConfigError("output.start=centroids: label embeddings are not projected; set encoder.project=0 or output.start=random")
     if config.output.tail_features:
         check_fan_in(config.output.fan_in, config.output.tail_features[1] - config.output.tail_features[0])
 
@@ -309,6 +321,11 @@ def check_fan_in(fan_in: int, width: int) -> None:
     """A label cannot read more distinct features than its slice of the embedding has. Raises ConfigError."""
     if fan_in > width:
         raise ConfigError(f"output.fan_in={fan_in} is larger than the {width} features that the tail reads; lower it to {width} or less")
+
+
+def embedding_width(encoder: EncoderConfig, hidden: int) -> int:
+    """D, what the output layer can read, of an encoder whose token model is ``hidden`` wide."""
+    return encoder.project or hidden
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -41,18 +41,19 @@ WHOLE_MASK = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "elec
 
 
 class Encoder(nn.Module):
-    """A token model and its pooling.
+    """A token model, its pooling, and a linear layer behind it where ``project`` is above 0.
 
-    ``forward(input_ids (B, S) int64, attention_mask (B, S))`` gives (B, D) in the model's dtype; ``width`` is D. Where a mask would hide
-    nothing it may be None: attention is faster without.
+    ``forward(input_ids (B, S) int64, attention_mask (B, S))`` gives (B, D) in the model's dtype; ``width`` is D: ``project``, or the
+    model's own. Where a mask would hide nothing it may be None: attention is faster without.
     """
 
-    def __init__(self, model: nn.Module, pooling: str = "mean", normalize: bool = False, cudnn: bool = False):
+    def __init__(self, model: nn.Module, pooling: str = "mean", normalize: bool = False, cudnn: bool = False, project: int = 0):
         super().__init__()
         self.model = model
         self.pooling = pooling
         self.normalize, self.cudnn = normalize, cudnn
-        self.width: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
+        self.width: int = project or model.config.hidden_size  # type: ignore[union-attr, assignment]
+        self.project = projection(model.config.hidden_size, project) if project else None  # type: ignore[union-attr, arg-type]
         config: Any = model.config
         self.whole_mask = config.model_type in WHOLE_MASK and config._attn_implementation == "sdpa"
 
@@ -69,7 +70,17 @@ class Encoder(nn.Module):
         else:
             mask_BS1 = attention_mask.unsqueeze(-1).to(hidden_BSD.dtype)
             x_BD = (hidden_BSD * mask_BS1).sum(1) / mask_BS1.sum(1).clamp(min=1)
+        if self.project is not None:
+            x_BD = self.project(x_BD)
         return nn.functional.normalize(x_BD, dim=-1) if self.normalize else x_BD
+
+
+def projection(hidden: int, width: int) -> nn.Linear:
+    """(B, hidden) to (B, width) without a bias, which the labels have. Orthogonal, drawn from torch's global generator: features start
+    about as large as those they are made of."""
+    layer = nn.Linear(hidden, width, bias=False)
+    nn.init.orthogonal_(layer.weight)
+    return layer
 
 
 def resolve_name(name: str) -> str:
@@ -179,7 +190,7 @@ def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_lengt
             raise ConfigError(f"encoder.checkpointing: '{config.name}' has none ({_first_line(error)})") from None
     if config.lora_rank:
         _add_adapters(model, config.lora_rank)
-    return Encoder(model, config.pooling, config.normalize, cudnn=config.attention == "cudnn")
+    return Encoder(model, config.pooling, config.normalize, config.attention == "cudnn", config.project)
 
 
 def compile_blocks(encoder: Encoder) -> None:

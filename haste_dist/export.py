@@ -5,7 +5,7 @@ OUT/
   predict.py           plain torch, no haste_dist
   model.json           what predict.py must know of the layer
   output.safetensors   head and tail: weights, biases, indices, in the precision they were trained in; no optimizer state
-  encoder/             Hugging Face layout: config.json, model.safetensors, tokenizer
+  encoder/             Hugging Face layout: config.json, model.safetensors, tokenizer; projection.safetensors where there is encoder.project
   dense.safetensors    on request: weight (labels, width) and bias in the order of label ids
   model.onnx           on request: the whole model, tokens in, a logit a label id out
   labels.arrow, groups.json, config.yaml, calibration.json (where there is one), checksums.json    for haste predict and haste verify
@@ -40,7 +40,7 @@ from haste_dist.tensor_file import write_tensors
 from haste_dist.verify import check_run_files
 
 SCHEMA_VERSION = 1
-PAGE, OUTPUT, WEIGHTS = "model.json", "output.safetensors", "model.safetensors"
+PAGE, OUTPUT, WEIGHTS, PROJECTION = "model.json", "output.safetensors", "model.safetensors", "projection.safetensors"
 TENSORS = ("head.weight", "head.bias", "tail.weight", "tail.index", "tail.bias")
 AGAIN = "run haste export again"
 
@@ -72,8 +72,7 @@ def export(run: str | Path, out: str | Path, checkpoint_name: str = "best", form
         if calibration.read_calibration(run, found.name) != calibration.Calibration():
             shutil.copyfile(run / calibration.FILE, part / calibration.FILE)
         shutil.copyfile(plain_predict.__file__, part / "predict.py")
-        width = json.loads((part / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))["hidden_size"]
-        described = _describe(config, order, width)
+        described = _describe(config, order, encoder.width)
         if form != "sparse":
             _write_dense(part, form, encoder, *dense_layer(tensors, described, order.row_of_label))
         (part / PAGE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
@@ -105,6 +104,8 @@ def fill_encoder(folder: Path, encoder: Encoder) -> None:
     """The weights of an exported folder's encoder. Raises CheckpointError."""
     with _fits(folder):
         encoder.model.load_state_dict(load_file(folder / ENCODER_FOLDER / WEIGHTS))
+        if encoder.project is not None:
+            encoder.project.load_state_dict(load_file(folder / ENCODER_FOLDER / PROJECTION))
 
 
 def fill_labels(folder: Path, classifier: Classifier) -> None:
@@ -127,6 +128,8 @@ def _write_encoder(folder: Path, config: Config, run: Path, weights: dict[str, T
     encoder = build_encoder(settings, len(tokenizer), int(tokenizer.pad_token_id), config.data.max_length, pretrained=False)
     encoder.load_state_dict(weights)
     encoder.model.save_pretrained(folder, max_shard_size="1TB")  # type: ignore[operator]
+    if encoder.project is not None:
+        write_tensors(folder / PROJECTION, {"weight": encoder.project.weight.detach()}, {})
     tokenizer.save_pretrained(folder)
     return encoder
 
@@ -165,6 +168,7 @@ def _describe(config: Config, order: LabelOrder, width: int) -> dict[str, Any]:
         "width": width,
         "max_length": config.data.max_length,
         "pooling": config.encoder.pooling,
+        "project": config.encoder.project,
         "normalize": config.encoder.normalize,
         **{name: [span.start, span.stop] for name, span in spans.items()},
     }
@@ -193,6 +197,7 @@ def _card(run: Path, page: dict[str, Any], config: Config, step: int) -> str:
         names = [name for name in scored[-1] if "@" in name]
         metrics = f"On {scored[-1]['rows']:,} texts of the {scored[-1]['split']} split, percent:\n\n| metric | |\n|---|---|\n"
         metrics += "".join(f"| {name} | {100 * scored[-1][name]:.2f} |\n" for name in names)
+    projected = " with a linear layer behind its pooling (`projection.safetensors`)" if config.encoder.project else ""
     base = "an encoder from scratch" if config.encoder.name == "scratch" else f"`{Path(config.encoder.name).name}`"
     return f"""---
 library_name: haste_dist
@@ -215,5 +220,6 @@ arXiv 2606.01117). Trained for {step:,} steps.
     python predict.py "a text"
 
 The second needs torch, transformers, safetensors and pyarrow only. `model.json` and `output.safetensors` are the output layer,
-`encoder/` is a Hugging Face model, `labels.arrow` says which label a row is. `haste verify .` holds all against `checksums.json`.
+`encoder/` is a Hugging Face model{projected}, `labels.arrow` says which label a row is.
+`haste verify .` holds all against `checksums.json`.
 """

@@ -46,36 +46,46 @@ def over_seeds(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def resample(runs: Sequence[NDArray[np.float64]], samples: int = SAMPLES, seed: int = 0) -> list[dict[str, NDArray[np.float64]]]:
+    """Every metric of each run's (n, M) sums, (1 + S,): first of all texts, then of S draws of n of them with replacement.
+
+    A draw is the same texts for all runs, and depends on n and ``seed`` alone. Raises ValueError if the runs differ in n.
+    """
+    if len({texts.shape for texts in runs}) != 1:
+        raise ValueError(f"runs of different texts: {[texts.shape for texts in runs]}")
+    n = len(runs[0])
+    rng = np.random.default_rng(seed)
+    sums = [[texts.sum(axis=0, keepdims=True)] for texts in runs]
+    for begin in range(0, samples, 200):
+        weights_Sn = rng.multinomial(n, np.full(n, 1 / n), size=min(200, samples - begin)).astype(np.float64)
+        for kept, texts in zip(sums, runs, strict=True):
+            kept.append(weights_Sn @ texts)
+    return [metrics_of_sums(np.concatenate(kept)) for kept in sums]
+
+
+def over_texts(values: NDArray[np.float64]) -> Interval:
+    """The percentile interval of (1 + S,) values as ``resample`` has them; of none that is a number, none."""
+    drawn = values[1:][~np.isnan(values[1:])]
+    low, high = np.percentile(drawn, [50 * (1 - LEVEL), 50 * (1 + LEVEL)]) if len(drawn) else (np.nan, np.nan)
+    return Interval(float(values[0]), float(low), float(high))
+
+
+def mean_of(
+    case: Sequence[dict[str, NDArray[np.float64]]], baseline: Sequence[dict[str, NDArray[np.float64]]] | None = None
+) -> dict[str, Interval]:
+    """Of each metric the mean over seeds, or that of case - baseline seed by seed; from ``resample`` of one seed."""
+    names = set.intersection(*(set(run) for run in [*case, *(baseline or [])]))
+    less = [dict.fromkeys(names, np.zeros(1))] * len(case) if baseline is None else baseline
+    pairs = list(zip(case, less, strict=True))
+    return {name: over_texts(np.mean([ours[name] - theirs[name] for ours, theirs in pairs], axis=0)) for name in case[0] if name in names}
+
+
 def paired_bootstrap(
     case: Sequence[NDArray[np.float64]], baseline: Sequence[NDArray[np.float64]], samples: int = SAMPLES, seed: int = 0
 ) -> dict[str, Interval]:
     """Difference case - baseline of every metric: the runs' (n, M) sums, seed by seed in the same order. Raises ValueError if n differs."""
-    if len({texts.shape for texts in (*case, *baseline)}) != 1 or len(case) != len(baseline):
-        raise ValueError(f"runs of different texts: {[t.shape for t in case]} and {[t.shape for t in baseline]}")
-    n = len(case[0])
-    rng = np.random.default_rng(seed)
-    drawn: dict[str, list[NDArray[np.float64]]] = {}
-    for begin in range(0, samples, 200):
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=min(200, samples - begin)).astype(np.float64)
-        for name, values in _mean_difference(weights, case, baseline).items():
-            drawn.setdefault(name, []).append(values)
-    here = _mean_difference(np.ones((1, n)), case, baseline)
-    tails = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
-    found = {}
-    for name, parts in drawn.items():
-        every = np.concatenate(parts)
-        every = every[~np.isnan(every)]
-        low, high = np.percentile(every, tails) if len(every) else (np.nan, np.nan)
-        found[name] = Interval(float(here[name][0]), float(low), float(high))
-    return found
-
-
-def _mean_difference(
-    weights_Sn: NDArray[np.float64], case: Sequence[NDArray[np.float64]], baseline: Sequence[NDArray[np.float64]]
-) -> dict[str, NDArray[np.float64]]:
-    """Mean over seeds of the difference of each metric, (S,)."""
-    ours, theirs = ([metrics_of_sums(weights_Sn @ texts) for texts in side] for side in (case, baseline))
-    return {name: np.mean([a[name] - b[name] for a, b in zip(ours, theirs, strict=True)], axis=0) for name in ours[0] if name in theirs[0]}
+    found = resample([*case, *baseline], samples, seed)
+    return mean_of(found[: len(case)], found[len(case) :])
 
 
 def metrics_of_sums(sums_SM: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:

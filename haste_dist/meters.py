@@ -108,6 +108,7 @@ def encoder_work(encoder: nn.Module) -> EncoderWork:
     tokens for attention, three times with its backward pass. Embedding tables are looked up, not multiplied.
     """
     tables = {id(m.weight) for m in encoder.modules() if isinstance(m, nn.Embedding)}
+    tables |= {id(p) for name, p in encoder.named_parameters() if name.startswith("project.")}  # once a text: next to nothing
     matrices = [p for p in encoder.parameters() if p.ndim > 1 and id(p) not in tables]
     weights, trained = sum(p.numel() for p in matrices), sum(p.numel() for p in matrices if p.requires_grad)
     config: Any = getattr(getattr(encoder, "model", None), "config", None)

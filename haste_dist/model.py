@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from haste_dist.classifier import Classifier, check_slice, feature_slice
-from haste_dist.config import Config, EncoderConfig, check_fan_in, save_config
+from haste_dist.config import Config, EncoderConfig, check_fan_in, embedding_width, save_config
 from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, model_config, tokenizer_fingerprint
 from haste_dist.engine import EncoderEngine
 from haste_dist.errors import ConfigError, DataError
@@ -60,9 +60,10 @@ def open_prepared(config: Config) -> Prepared:
 
 
 def check_features(config: Config, manifest: Manifest) -> int:
-    """The encoder's width, which slices and fan-in must fit; from its configuration, without its weights. Raises ConfigError."""
+    """The embedding's width, which slices and fan-in must fit; from its configuration, without its weights. Raises ConfigError."""
     tokenizer = manifest.tokenizer
     width = model_config(config.encoder, tokenizer.vocab_size, tokenizer.pad_id, config.data.max_length).hidden_size
+    width = embedding_width(config.encoder, width)
     for name in ("head_features", "tail_features"):
         check_slice(name, feature_slice(getattr(config.output, name), width), width)
     check_fan_in(config.output.fan_in, feature_slice(config.output.tail_features, width).width)

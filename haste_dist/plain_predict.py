@@ -19,6 +19,8 @@ def main(folder: Path, texts: list[str], k: int = 5) -> None:
     mask = tokens["attention_mask"]
     hidden = encoder(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
     x = hidden[:, 0] if page["pooling"] == "cls" else (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    if page.get("project"):
+        x = x @ load_file(folder / "encoder" / "projection.safetensors")["weight"].T
     x = torch.nn.functional.normalize(x, dim=-1) if page["normalize"] else x
 
     part = {name: tensor if name == "tail.index" else tensor.float() for name, tensor in load_file(folder / "output.safetensors").items()}

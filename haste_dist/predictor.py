@@ -20,7 +20,7 @@ from torch import Tensor
 from haste_dist import checkpoint
 from haste_dist.calibration import EXPORTED, Calibration, read_calibration
 from haste_dist.classifier import Classifier
-from haste_dist.config import load_config
+from haste_dist.config import embedding_width, load_config
 from haste_dist.encoder import build_encoder, load_tokenizer
 from haste_dist.errors import CheckpointError
 from haste_dist.export import check_export, fill_encoder, fill_labels, is_export
@@ -119,11 +119,11 @@ class ModelFiles:
 
     @cached_property
     def width(self) -> int:
-        """D of the encoder."""
+        """D of the embedding."""
         from haste_dist.encoder import model_config
 
         settings = encoder_settings_of(self.config, self.folder)
-        return int(model_config(settings, 0, 0, self.config.data.max_length).hidden_size)
+        return embedding_width(settings, int(model_config(settings, 0, 0, self.config.data.max_length).hidden_size))
 
     def embedder(self, device: str = "auto") -> Embedder:
         return Embedder(self, device)

@@ -22,12 +22,14 @@ def append_record(
     figures: Mapping[str, Any],
     folder: str | Path = FOLDER,
     gpus: int | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Appends one record and returns it.
 
     ``topic`` names the file (lower-case letters, digits, - and _). ``shape`` holds any of L, N, D, F, G, K, W; ``figures`` are
     finite numbers, strings, or lists of them. ``gpus`` is how many GPUs took part (default: all that torch sees, 0 on a CPU). The commit is
     that of the working directory, or ``HASTE_COMMIT`` where there is no git; ``-dirty`` is added if tracked files differ.
+    ``measured`` holds gpu, gpus, torch, triton, commit and date of a figure that was measured elsewhere or earlier, in place of these.
     Raises ValueError for a bad topic, a figure under a reserved name, or a number that is not finite.
     """
     import torch
@@ -40,16 +42,12 @@ def append_record(
     for name, value in figures.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{topic}: {name} is {value}")
-    cuda = torch.cuda.is_available()
-    record = {
-        "topic": topic,
-        "provider": provider,
-        "shape": dict(shape),
-        **figures,
-        "gpu": torch.cuda.get_device_name() if cuda else "",
-        "gpus": (torch.cuda.device_count() if cuda else 0) if gpus is None else gpus,
-        **stamp(),
-    }
+    if measured is None:
+        cuda = torch.cuda.is_available()
+        gpus = (torch.cuda.device_count() if cuda else 0) if gpus is None else gpus
+        measured = {"gpu": torch.cuda.get_device_name() if cuda else "", "gpus": gpus, **stamp()}
+    where_and_when = {name: measured[name] for name in RESERVED[3:]}
+    record = {"topic": topic, "provider": provider, "shape": dict(shape), **figures, **where_and_when}
     line = json.dumps(record, allow_nan=False, default=_scalar).encode() + b"\n"
     path = Path(folder) / f"{topic}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

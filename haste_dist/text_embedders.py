@@ -94,8 +94,8 @@ def encoder_source(config: Config) -> EncoderSource:
     if (name or config.encoder.name) == "scratch":
         raise ConfigError("groups.features=encoder: a scratch encoder has learnt nothing to compare labels by; set groups.features=tfidf")
     if not name:
-        return EncoderSource(config.encoder)
-    settings = dataclasses.replace(config.encoder, name=name, tokenizer="", layers=0)
+        return EncoderSource(dataclasses.replace(config.encoder, project=0))  # a projection has learnt nothing yet
+    settings = dataclasses.replace(config.encoder, name=name, tokenizer="", layers=0, project=0)
     return EncoderSource(dataclasses.replace(settings, pooling=_pooling(name) or settings.pooling))
 
 

@@ -6,6 +6,7 @@ A study is a YAML page:
     settings: [train.epochs=12]            a.b=c of every case
     seeds: [0, 1, 2]
     split: test                            test, or dev: then data.dev_fraction says how much of the training texts is held out
+    topic: wordnet-lemma                   the data set's name in records; by default the config's
     cases:                                 a.b=c of each; the first is what the others are compared with
       default: []
       dense: [output.head_fraction=1]
@@ -20,6 +21,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -44,7 +46,7 @@ from haste_dist.runlog import read_events
 from haste_dist.sealed import CHECKSUMS
 
 RESULT, TEXTS, RESULTS = "result.json", "texts.parquet", "results.parquet"
-NAMES = ("config", "settings", "seeds", "split", "cases")
+NAMES = ("config", "settings", "seeds", "split", "topic", "cases")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Study:
     seeds: tuple[int, ...]
     split: str
     cases: dict[str, tuple[str, ...]]
+    name: str  # the page's
+    topic: str  # of its records
 
     @property
     def baseline(self) -> str:
@@ -94,7 +98,11 @@ def read_study_page(file: str | Path) -> Study:
     bad = [name for name in cases if not isinstance(name, str) or Path(name).name != name or name.startswith(".")]
     if bad:
         raise ConfigError(f"{file}: case '{bad[0]}': a name that can be a folder's")
-    return Study(str(page["config"]), tuple(lists[0]), tuple(seeds), split, {name: tuple(words) for name, words in cases.items()})
+    topic = page.get("topic", re.sub(r"[^a-z0-9_-]", "-", Path(str(page["config"])).stem.lower()))
+    if not isinstance(topic, str) or not re.fullmatch("[a-z0-9][a-z0-9_-]*", topic):
+        raise ConfigError(f"{file}: topic={topic}: only lower-case letters, digits, - and _")
+    found = {name: tuple(words) for name, words in cases.items()}
+    return Study(str(page["config"]), tuple(lists[0]), tuple(seeds), split, found, Path(file).stem, topic)
 
 
 def trials_of(study: Study, out: Path, overrides: list[str]) -> list[Trial]:
@@ -151,6 +159,8 @@ def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False) -> b
 
     False: it was stopped before its end, and saved. Raises HasteError.
     """
+    import torch
+
     from haste_dist.evaluate import load_frequency
     from haste_dist.model import open_prepared
     from haste_dist.scoring import evaluate_run
@@ -196,6 +206,7 @@ def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False) -> b
         "output_bytes": next(event["output_bytes"] for event in events if event["event"] == "start"),
         "peak_gib": max(event.get("peak_gib", 0.0) for event in events if event["event"] == "end"),
         "device": str(world.device.type),
+        "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "",
         **stamp(),
     }
     with replacing(folder / RESULT) as file:
@@ -220,14 +231,20 @@ def read_result(trial: Trial) -> dict[str, Any] | None:
     path = trial.folder / RESULT
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        settings = result["settings"]
+        settings = _completed(result["settings"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({first_line(error)}); remove {trial.folder} and run the study again") from None
-    if settings != settings_of(trial):
+    if settings != json.loads(settings_of(trial)):
         raise DataError(f"{trial.folder}: holds a run with other settings; remove it or choose another --out")
     return result
+
+
+def _completed(settings: str) -> dict[str, Any]:
+    """A run's settings with those that have come since at their defaults: what it was made with."""
+    page, known = json.loads(settings), json.loads(settings_of(Trial("", 0, Config())))
+    return {part: {**known.get(part, {}), **values} for part, values in {**known, **page}.items()}
 
 
 def read_texts(trial: Trial) -> NDArray[np.float64]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from haste_dist import augmentation
 from haste_dist.checkpoint import ENCODER, OPTIMIZER, PAGE, STEP_NAME, complete, pointed, read_page, step_of, verify_files
 from haste_dist.classifier import feature_slice
-from haste_dist.config import load_config
+from haste_dist.config import embedding_width, load_config
 from haste_dist.errors import DataError, HasteError
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, ORDER_SCHEMA, LabelOrder, load_label_order
 from haste_dist.manifest import FILTER_SCHEMA, LABEL_SCHEMA, LABEL_TEXTS, MANIFEST, Manifest, Shard, open_split, read_arrow, read_manifest
@@ -200,7 +200,8 @@ def _check_order(folder: Path, labels: int | None = None) -> LabelOrder:
 def _tail_width(run: Path) -> int:
     """How many features the tail of a run reads."""
     page = json.loads((run / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))
-    return feature_slice(load_config(run / CONFIG).output.tail_features, int(page["hidden_size"])).width
+    config = load_config(run / CONFIG)
+    return feature_slice(config.output.tail_features, embedding_width(config.encoder, int(page["hidden_size"]))).width
 
 
 def _check_tensors(folder: Path, page: dict[str, Any], order: LabelOrder | None, width: int | None) -> None:

@@ -58,7 +58,7 @@ def loss_gradient(z_NR: Tensor, y_NR: Tensor, loss: Loss) -> Tensor:
 
 
 def sgd(value: Tensor, momentum: Tensor | None, gradient: Tensor, args: StepArgs, rows: Tensor, weight_decay: float) -> None:
-    """One SGD step in place on (R, C) ``value`` and ``momentum``; bfloat16 and float8 are rounded at random by global ``rows`` (R,)."""
+    """One SGD step in place on (R, C) ``value`` and ``momentum``; short types are rounded by global ``rows`` (R,), or to the nearest."""
     old = value.double()
     g = gradient + weight_decay * old
     m = g if momentum is None else args.momentum * momentum.double() + g
@@ -172,7 +172,7 @@ def _sgd_bias(bias: Tensor, momentum: Tensor | None, gradient: Tensor, args: Ste
 
 
 def _store(target: Tensor, exact: Tensor, args: StepArgs, rows: Tensor, stream: int) -> None:
-    if target.dtype in ROUNDED:
+    if target.dtype in ROUNDED and args.rounding == "stochastic":
         target.copy_(stochastic_round(exact.float(), args.seed, args.step, rows, stream, target.dtype))
     else:
-        target.copy_(exact)
+        target.copy_(exact.float() if target.dtype in ROUNDED else exact)

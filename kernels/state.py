@@ -15,6 +15,7 @@ from haste_kernels.rounding import FLOAT8
 
 Loss = Literal["bce", "squared_hinge"]
 STORED: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": FLOAT8}  # what weights and momentum may be kept in
+Rounding = Literal["stochastic", "nearest"]
 
 
 class Positives(NamedTuple):
@@ -41,6 +42,7 @@ class StepArgs:
     half_sums: bool = (
         True  # Triton, bfloat16: the tail's dx may be summed in float16 runs (kernels/triton_tail.py); off: float32 throughout
     )
+    rounding: Rounding = "stochastic"  # of what is stored in bfloat16; nearest loses updates below half of the last bit
     deterministic: bool = False  # Triton: dx is summed in a fixed order, so two runs give the same bits; slower
 
 

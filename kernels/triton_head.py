@@ -161,6 +161,7 @@ def _update(
     R: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
+    NEAREST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = (D + C - 1) // C
@@ -177,7 +178,8 @@ def _update(
     at = row[:, None] * D + column[None, :]
     old = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     tiles.sgd(
-        weight, momentum, at, mask, old, dw, first_row + row, first_column, lr, scale, decay, inertia, step, seed_low, seed_high
+        weight, momentum, at, mask, old, dw, first_row + row, first_column, lr, scale, decay, inertia, step, seed_low, seed_high,
+        NEAREST,
     )  # fmt: skip
 
 
@@ -218,7 +220,8 @@ def head_step(
         _update[(programs * triton.cdiv(width, columns),)](
             x_ND, dz_RN, w_RD, momentum, n, last - first, head.first_row + first, args.lr, args.scale, args.weight_decay, args.momentum,
             args.step, args.seed & 0xFFFFFFFF, args.seed >> 32,
-            D=width, R=tile.rows, C=columns, K=tile.inner, STAGES=tile.stages, num_warps=tile.warps, **limit,
+            D=width, R=tile.rows, C=columns, K=tile.inner, NEAREST=args.rounding == "nearest", STAGES=tile.stages, num_warps=tile.warps,
+            **limit,
         )  # fmt: skip
     if dx_ND is None:
         dx_ND = torch.zeros(n, width, dtype=torch.float32, device=device)

@@ -175,6 +175,7 @@ def _tail_step(
     F_PADDED: tl.constexpr,  # the next power of two
     B: tl.constexpr,
     BCE: tl.constexpr,
+    NEAREST: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
     RAGGED: tl.constexpr,  # N is no multiple of B
     SCRATCH: tl.constexpr,
@@ -256,7 +257,10 @@ def _tail_step(
         db = tl.sum(db, 0)
     # The weights are read a second time, from the cache: keeping them in float32 through the loop would cost registers.
     old = tl.load(weight + at, mask=real_rf, other=0.0).to(tl.float32)
-    tiles.sgd(weight, momentum, at, real_rf, old, dw, first_row + group * G + r, 0, lr, scale, decay, inertia, step, seed_low, seed_high)
+    tiles.sgd(
+        weight, momentum, at, real_rf, old, dw, first_row + group * G + r, 0, lr, scale, decay, inertia, step, seed_low, seed_high,
+        NEAREST,
+    )  # fmt: skip
     if bias is not None:
         tiles.sgd_bias(bias, bias_momentum, group * G + r, r < G, db, lr, scale, inertia)
     if loss is not None:
@@ -327,14 +331,16 @@ def tail_step(
     row, batch = positives.row.contiguous(), positives.batch.contiguous()
     bounds = torch.searchsorted(row, torch.arange(0, (groups + 1) * size, size, device=device))
 
+    limit = {} if config.registers is None else {"maxnreg": config.registers}
+
     def launch(out: Tensor, first: int, count: int) -> None:
         _tail_step[(count,)](
             x_DN, out, tail.weight, tail.momentum, tail.index, tail.bias, tail.bias_momentum, loss, bounds,
             row, batch, first, n, padded, len(out), out[0].numel(), tail.rows, tail.first_row, args.lr, args.scale,
             args.weight_decay, args.momentum, args.step, args.seed & 0xFFFFFFFF, args.seed >> 32,
             G=size, F=fan_in, F_PADDED=triton.next_power_of_2(fan_in), B=config.batch, BCE=args.loss == "bce",
-            ROWS_FIRST=config.rows_first, RAGGED=padded != n, SCRATCH=args.deterministic, STAGES=config.stages, AHEAD=config.ahead,
-            WARPS=config.warps, num_warps=config.warps, **({} if config.registers is None else {"maxnreg": config.registers}),
+            NEAREST=args.rounding == "nearest", ROWS_FIRST=config.rows_first, RAGGED=padded != n, SCRATCH=args.deterministic,
+            STAGES=config.stages, AHEAD=config.ahead, WARPS=config.warps, num_warps=config.warps, **limit,
         )  # fmt: skip
 
     dx_ND = torch.empty(n, width, dtype=torch.float32, device=device)

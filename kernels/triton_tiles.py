@@ -64,11 +64,20 @@ def rounded(value, row, first_column, step, seed_low, seed_high, STREAM: tl.cons
 
 
 @triton.jit
-def store(pointer, at, mask, value, row, first_column, step, seed_low, seed_high, STREAM: tl.constexpr):
-    """Writes float32 (R, C) ``value`` to ``pointer + at``: rounded stochastically if the memory is bfloat16 or float8."""
+def nearest(value):
+    """Float32 to the nearest bfloat16, ties to the even one; NaN stays. The interpreter's own conversion cuts."""
+    return cut(value, 0x7FFF + ((value.to(tl.uint32, bitcast=True) >> 16) & 1))
+
+
+@triton.jit
+def store(pointer, at, mask, value, row, first_column, step, seed_low, seed_high, STREAM: tl.constexpr, NEAREST: tl.constexpr):
+    """Writes float32 (R, C) ``value`` to ``pointer + at``: rounded, by chance or to the nearest, where memory is shorter."""
     held: tl.constexpr = pointer.dtype.element_ty
     float8: tl.constexpr = held == tl.float8e4nv
-    if held == tl.bfloat16 or float8:
+    if held == tl.bfloat16 and NEAREST:
+        tl.store(pointer + at, nearest(value), mask=mask)
+    elif held == tl.bfloat16 or float8:
+        tl.static_assert(not NEAREST, "float8 is rounded stochastically")
         tl.store(pointer + at, rounded(value, row, first_column, step, seed_low, seed_high, STREAM, float8), mask=mask)
     else:
         tl.store(pointer + at, value, mask=mask)
@@ -95,7 +104,24 @@ def by_eights(value):
 
 
 @triton.jit
-def sgd(weight, momentum, at, mask, old, gradient, row, first_column, lr, scale, decay, inertia, step, seed_low, seed_high):
+def sgd(
+    weight,
+    momentum,
+    at,
+    mask,
+    old,
+    gradient,
+    row,
+    first_column,
+    lr,
+    scale,
+    decay,
+    inertia,
+    step,
+    seed_low,
+    seed_high,
+    NEAREST: tl.constexpr,
+):
     """SGD on a tile (R, C): ``old`` weights and the unscaled gradient in float32; ``momentum`` may be None. See update.py.
 
     ``row`` (R,) global rows; ``first_column`` a multiple of 8.
@@ -103,8 +129,8 @@ def sgd(weight, momentum, at, mask, old, gradient, row, first_column, lr, scale,
     m = by_eights(gradient) * scale + old * decay
     if momentum is not None:
         m += tl.load(momentum + at, mask=mask, other=0.0).to(tl.float32) * inertia
-        store(momentum, at, mask, m, row, first_column, step, seed_low, seed_high, MOMENTUM)
-    store(weight, at, mask, old - lr * m, row, first_column, step, seed_low, seed_high, WEIGHT)
+        store(momentum, at, mask, m, row, first_column, step, seed_low, seed_high, MOMENTUM, NEAREST)
+    store(weight, at, mask, old - lr * m, row, first_column, step, seed_low, seed_high, WEIGHT, NEAREST)
 
 
 @triton.jit

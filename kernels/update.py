@@ -3,7 +3,7 @@
     g = scale * dW + weight_decay * w        m = momentum * m + g        w = w - lr * m
 
 All in float32 (w moves by the unrounded m); what is stored in bfloat16 or float8 is rounded stochastically, w and m by streams of their
-own.
+own, or to the nearest where that is asked for.
 
 Letters: R rows, C columns.
 """
@@ -31,7 +31,11 @@ def sgd_(weight: Tensor, momentum: Tensor | None, gradient: Tensor, args: StepAr
         m.add_(w, alpha=args.weight_decay)
     w.add_(m, alpha=-args.lr)
     for target, value, stream in ((weight, w, WEIGHT), (momentum, m, MOMENTUM)):
-        if target is not None and target.dtype in ROUNDED:
+        if target is None or target.dtype not in ROUNDED:
+            continue
+        if args.rounding == "nearest":
+            target.copy_(value)
+        else:
             rows = torch.arange(first_row, first_row + len(target), device=target.device)
             target.copy_(stochastic_round(value, args.seed, args.step, rows, stream, target.dtype))
 

@@ -169,12 +169,14 @@ def build_parser() -> argparse.ArgumentParser:
         "study",
         help="train named cases of settings from several seeds and compare them",
         description="Train the cases of a study page from several seeds, side by side, and compare them: OUT/report.md with intervals, "
-        "OUT/report.png, OUT/results.parquet. Finished runs are kept; the same command goes on.",
+        "plots, OUT/results.parquet. Finished runs are kept; the same command goes on.",
     )
     study.add_argument("page", metavar="STUDY.yaml", help="config, settings, seeds, split and cases (haste_dist/trials.py says how)")
     study.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings of every case, over those of the page")
     study.add_argument("--out", default="runs/study", metavar="DIR", help="folder of the study (default runs/study)")
     study.add_argument("--side-by-side", type=_positive, default=1, metavar="COUNT", help="runs at once on each GPU (default 1)")
+    study.add_argument("--report", action="store_true", help="write the report of the runs that are finished, and run nothing")
+    study.add_argument("--records", default="", metavar="DIR", help="folder that a line a finished run is appended to (default none)")
     study.add_argument("--no-plot", action="store_true", help="draw nothing")
 
     bench = commands.add_parser("bench", help="measure the kernels", description="Measure this project beside its baselines and the floor.")

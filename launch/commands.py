@@ -180,9 +180,11 @@ def scale(args: Namespace) -> int:
 
 
 def study(args: Namespace) -> int:
-    from haste_launch.study import study as run_study
+    from haste_launch import study as studies
 
-    return run_study(args.page, Path(args.out), args.overrides, args.side_by_side, not args.no_plot)
+    if args.report:
+        return studies.report(args.page, Path(args.out), args.overrides, not args.no_plot, args.records)
+    return studies.study(args.page, Path(args.out), args.overrides, args.side_by_side, not args.no_plot, args.records)
 
 
 def doctor(args: Namespace) -> int:

@@ -1,7 +1,7 @@
 """``haste study``: named cases of settings, each trained from several seeds, side by side on the GPUs there are; then the report.
 
 Each run is a process of its own on one GPU (or the CPU). A finished run is kept, a cut one goes on from its checkpoint, so the same command
-goes on with a study. After each run the report is written anew.
+goes on with a study. After each run the report is written anew; it needs nothing but what runs left in the study's folder.
 
 Exit status: 0 done, 2 wrong words or a run that failed, 130 stopped by Ctrl-C or SIGTERM with every finished run kept.
 """
@@ -17,9 +17,10 @@ from typing import Any
 
 from rich.console import Console
 
-from haste_dist.errors import ConfigError, HasteError, Interrupted
+from haste_dist.errors import ConfigError, DataError, HasteError, Interrupted
 from haste_dist.runlog import read_events
-from haste_dist.trials import Trial, read_result, read_study_page, run_trial, trials_of, with_label_order, write_results
+from haste_dist.trial_records import append_trials
+from haste_dist.trials import Study, Trial, read_result, read_study_page, run_trial, trials_of, with_label_order, write_results
 from haste_launch.study_report import write_report
 
 POLL_SECONDS = 0.5
@@ -36,8 +37,8 @@ class Run:
     shown: int = 0  # evaluations that were printed
 
 
-def study(page: str, out: Path, overrides: list[str], side_by_side: int, plot: bool = True) -> int:
-    """Runs what is missing and writes the report; returns the exit status. Raises HasteError."""
+def study(page: str, out: Path, overrides: list[str], side_by_side: int, plot: bool = True, records: str = "") -> int:
+    """Runs what is missing and writes the report, and a record a run into the folder ``records``; the exit status. Raises HasteError."""
     wanted = read_study_page(page)
     console = Console(highlight=False, soft_wrap=True)
     trials = []
@@ -46,11 +47,24 @@ def study(page: str, out: Path, overrides: list[str], side_by_side: int, plot: b
     left = [trial for trial in trials if read_result(trial) is None]
     if len(left) < len(trials):
         console.print(f"{len(trials) - len(left)} of {len(trials)} runs are in {out} already and are kept")
-    failed = _run_all(left, Path(page), out, overrides, side_by_side, console, lambda: _write(wanted, trials, out, plot=False))
+    failed = _run_all(left, Path(page), out, overrides, side_by_side, console, lambda: _write(wanted, trials, out, False, records))
     if any(read_result(trial) for trial in trials):
-        console.print(str(_write(wanted, trials, out, plot)))
+        console.print(str(_write(wanted, trials, out, plot, records)))
     if failed:
         raise HasteError(f"{len(failed)} of {len(left)} runs failed, the first is {failed[0].folder} (output.log there says why)")
+    return 0
+
+
+def report(page: str, out: Path, overrides: list[str], plot: bool = True, records: str = "") -> int:
+    """Writes the report of what is finished, and runs nothing: the study's folder is all it reads. Raises HasteError."""
+    wanted = read_study_page(page)
+    trials = trials_of(wanted, out, overrides)
+    done = sum(read_result(trial) is not None for trial in trials)
+    if not done:
+        raise DataError(f"{out}: holds no finished run of {page}; without --report they are made")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{done} of {len(trials)} runs are finished")
+    console.print(str(_write(wanted, trials, out, plot, records)))
     return 0
 
 
@@ -69,9 +83,11 @@ def main(argv: list[str]) -> int:
         return 2
 
 
-def _write(wanted: Any, trials: list[Trial], out: Path, plot: bool) -> Path:
+def _write(wanted: Study, trials: list[Trial], out: Path, plot: bool, records: str) -> Path:
     done = [trial for trial in trials if read_result(trial)]
     write_results(out, [result for trial in done if (result := read_result(trial))])
+    if records:
+        append_trials(wanted, done, records)
     return write_report(wanted, done, out, plot)
 
 
@@ -149,7 +165,7 @@ def _show(trial: Trial, seen: int, console: Console) -> int:
     for event in events[seen:]:
         figures = "  ".join(f"{name} {100 * event[name]:.2f}" for name in ("P@1", "P@3", "P@5", "PSP@5") if name in event)
         rare = " ".join(f"{100 * value:.1f}" for name, value in event.items() if name.startswith("r_at_5_freq"))
-        console.print(f"{trial.folder.name}: epoch {event['epoch']:.1f} {event['split']}  {figures}  R@5 by frequency {rare}")
+        console.print(f"{trial.folder.name}: epoch {event['epoch']:.1f} {trial.config.evaluate.split}  {figures}  R@5 by frequency {rare}")
     return len(events)
 
 

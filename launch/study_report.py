@@ -1,24 +1,22 @@
-"""The report of a study: ``report.md`` with its tables, and ``report.png``. All of it comes from what the runs left in their folders."""
+"""The report of a study: ``report.md`` with its tables and plots. All of it comes from what the runs left in their folders."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
 
-from haste_dist.intervals import Interval, over_seeds, paired_bootstrap
+from haste_dist.errors import DataError
+from haste_dist.intervals import Interval, mean_of, over_seeds, resample
 from haste_dist.manifest import replacing
-from haste_dist.metrics import FREQUENCY_BINS
-from haste_dist.plot import BLUE, GREEN, GREY, ORANGE, RED, tidy
 from haste_dist.trials import Study, Trial, read_result, read_texts
+from haste_launch.study_plot import BINS, Seen, write_plots
 
 MAIN = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5", "nDCG@5")
-BINS = [f"r_at_5_freq_{name}" for _, _, name in FREQUENCY_BINS]
-BIN_NAMES = [name.replace("_", "-").replace("over-", "over ") for _, _, name in FREQUENCY_BINS]
-COLOURS = (BLUE, ORANGE, GREEN, RED, "#AA4499", "#44AA99", GREY, "#DDAA33")
+COMPARED = ("P@1", "P@5", "PSP@5", *list(BINS)[:2])
+
+Draws = dict[tuple[str, int], dict[str, NDArray[np.float64]]]  # of each case and seed, as from ``resample``
 
 
 def write_report(study: Study, trials: Sequence[Trial], out: Path, plot: bool = True) -> Path:
@@ -39,7 +37,7 @@ def write_report(study: Study, trials: Sequence[Trial], out: Path, plot: bool = 
         "",
         "Recall@5 by the number of training texts of a label:",
         "",
-        *_table(["case", *BIN_NAMES], [[name, *_cells(found, BINS)] for name, found in results.items()]),
+        *_table(["case", *BINS.values()], [[name, *_cells(found, list(BINS))] for name, found in results.items()]),
         "",
         "What it costs (a run alone on its device is faster than runs side by side):",
         "",
@@ -49,48 +47,31 @@ def write_report(study: Study, trials: Sequence[Trial], out: Path, plot: bool = 
         ),
     ]
     base = study.baseline
-    compared = [name for name in results if name != base] if base in results else []
-    rows = [row for name in compared if (row := _difference_row(name, base, trials))]
+    runs = [trial for trial in trials if trial.case in results]
+    texts = [read_texts(trial) for trial in runs]
+    if different := [t.folder for t, one in zip(runs, texts, strict=True) if one.shape != texts[0].shape]:
+        raise DataError(f"{different[0]}: scored other texts than {runs[0].folder}; remove it and run the study again")
+    draws: Draws = dict(zip([(t.case, t.seed) for t in runs], resample(texts), strict=True))
+    rows = [row for name in results if name != base and (row := _difference_row(name, base, draws))]
     if rows:
         lines += [
             "",
             f"Difference to {base}, with the 95% interval of a paired bootstrap over the texts (seeds that both have); bold: apart from 0.",
             "",
-            *_table(["case", *("P@1", "P@5", "PSP@5"), *(f"R@5, seen {name}" for name in BIN_NAMES[:2])], rows),
+            *_table(["case", *COMPARED[:3], *(f"R@5, seen {BINS[name]}" for name in COMPARED[3:])], rows),
         ]
     lines += ["", "Settings of each case:", "", *(f"- {name}: `{' '.join(study.cases[name]) or 'as above'}`" for name in results)]
     if plot:
-        with replacing(out / "report.png") as file:
-            draw_report(results).savefig(file, format="png", dpi=130)
-        lines += ["", "![metrics by case](report.png)"]
+        lines += [
+            "",
+            "Points are means over seeds, bars their 95% interval (bootstrap over texts), strokes single seeds; "
+            f"orange: {next(iter(results))}. The dashed line of the last plot joins the cases that no other beats with as little memory.",
+        ]
+        for title, name in write_plots({case: _seen(case, found, draws) for case, found in results.items()}, out):
+            lines += ["", f"![{title}]({name})"]
     with replacing(out / "report.md") as file:
         file.write(("\n".join(lines) + "\n").encode())
     return out / "report.md"
-
-
-def draw_report(results: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Two axes: the main metrics, and recall by frequency; a bar a case, a dot a run."""
-    figure = Figure(figsize=(12, 7.6), layout="constrained")
-    axes = figure.subplots(2, 1)
-    _bars(axes[0], results, MAIN, MAIN, "Metrics")
-    _bars(axes[1], results, BINS, BIN_NAMES, "Recall@5 by the number of training texts of a label")
-    axes[0].legend(loc="upper right", fontsize=8, ncols=max(1, min(4, len(results))), framealpha=0.9)
-    return figure
-
-
-def _bars(axis: Axes, results: dict[str, list[dict[str, Any]]], names: Sequence[str], labels: Sequence[str], title: str) -> None:
-    axis.set(title=title, ylabel="%")
-    width = 0.8 / len(results)
-    for i, (case, found) in enumerate(results.items()):
-        at = np.arange(len(names)) - 0.4 + width * (i + 0.5)
-        values = 100 * np.array([[result.get(name, np.nan) for name in names] for result in found])
-        axis.bar(at, values.mean(axis=0), 0.92 * width, color=COLOURS[i % len(COLOURS)], label=case)
-        for run in values:
-            axis.plot(at, run, ".", color="black", markersize=3)
-    axis.set_xticks(np.arange(len(names)), labels)
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.margins(x=0.01, y=0.18 if title == "Metrics" else 0.05)
-    tidy(axis)
 
 
 def _cells(found: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
@@ -113,19 +94,23 @@ def _costs(found: list[dict[str, Any]]) -> list[str]:
     return [*figures, f"{mean('step'):,.0f}", f"{mean('train_seconds'):,.0f}"]
 
 
-def _difference_row(case: str, base: str, trials: Sequence[Trial]) -> list[str] | None:
-    by_key = {(t.case, t.seed): t for t in trials}
-    seeds = [t.seed for t in trials if t.case == case and (base, t.seed) in by_key]
+def _difference_row(case: str, base: str, draws: Draws) -> list[str] | None:
+    seeds = [seed for name, seed in draws if name == case and (base, seed) in draws]
     if not seeds:
         return None
-    ours, theirs = ([read_texts(by_key[name, seed]) for seed in seeds] for name in (case, base))
-    found = paired_bootstrap(ours, theirs)
+    found = mean_of([draws[case, seed] for seed in seeds], [draws[base, seed] for seed in seeds])
     cells = []
-    for name in ("P@1", "P@5", "PSP@5", *BINS[:2]):
+    for name in COMPARED:
         one = found[name]
         text = f"{100 * one.value:+.2f} [{100 * one.low:+.2f}, {100 * one.high:+.2f}]"
-        cells.append(f"**{text}**" if one.apart_from_zero else text)
+        cells.append("" if np.isnan(one.value) else f"**{text}**" if one.apart_from_zero else text)
     return [case, *cells]
+
+
+def _seen(case: str, found: list[dict[str, Any]], draws: Draws) -> Seen:
+    means = {name: one for name, one in mean_of([of for key, of in draws.items() if key[0] == case]).items() if not np.isnan(one.value)}
+    seeds = {name: [result[name] for result in found if name in result] for name in means}
+    return Seen(means, seeds, float(np.mean([result["output_bytes"] for result in found])))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -67,6 +67,20 @@ def test_shards_together_are_the_whole_layer(words: tuple[str, ...]) -> None:
     assert int(found.max()) < LABELS
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_updates_below_the_last_bit_are_lost_by_the_nearest_alone(rounding: str) -> None:
+    x_ND, rows_NM = batch()
+    words = ("output.weight_dtype=bfloat16", "output.momentum=0", "output.weight_decay=0", f"output.rounding={rounding}")
+    (one,) = classifiers(1, *words)
+    for name in ("head.weight", "tail.weight"):
+        one.tensors()[name][0].fill_(1.0)
+    moved = []
+    for step in range(3):
+        one.step(x_ND, rows_NM, 1e-4, step)
+        moved.append(all(bool((one.tensors()[name][0] != 1).any()) for name in ("head.weight", "tail.weight")))
+    assert moved == [rounding == "stochastic"] * 3
+
+
 def test_initial_weights_do_not_depend_on_shards_and_fill_their_range() -> None:
     one, four = classifiers(1), classifiers(4)
     for name in ("head.weight", "tail.weight", "tail.index"):

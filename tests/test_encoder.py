@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModel
 
 from haste_dist.config import Config, EncoderConfig, load_config
 from haste_dist.encoder import WHOLE_MASK, Encoder, build_encoder, compile_blocks
-from haste_dist.errors import ConfigError
+from haste_dist.errors import ConfigError, HasteError
 from haste_dist.flat import FlatModule
+from haste_dist.manifest import Manifest, TokenizerRecord
+from haste_dist.model import check_features
 from haste_dist.train import train
 from haste_dist.world import World, join_world
 
@@ -109,6 +111,78 @@ def test_adapters_that_cannot_be_are_told(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'haste-dist\[lora\]'"):
         train(make_prepared(tmp_path, overrides=["encoder.lora_rank=4"]), join_world("cpu"))
+
+
+def test_a_projection_is_a_linear_layer_behind_pooling() -> None:
+    torch.manual_seed(0)
+    model, ids = tiny_model("bert"), torch.randint(5, 99, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    plain, encoder = Encoder(model), Encoder(model, normalize=True, project=8)
+    assert (plain.width, encoder.width) == (32, 8)
+    assert encoder.project is not None
+    weight = encoder.project.weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(8), rtol=0, atol=1e-5)
+    x_BD = encoder(ids, mask)
+    torch.testing.assert_close(x_BD, torch.nn.functional.normalize(plain(ids, mask) @ weight.T, dim=-1))
+    double = Encoder(tiny_model("bert"), project=8).double()
+    assert double.project is not None
+    given, pooled = torch.randn(3, 8).double(), Encoder(double.model)(ids, mask)
+    double(ids, mask).backward(given)
+    torch.testing.assert_close(double.project.weight.grad, given.T @ pooled)  # and the model's gradient goes through it
+    first = next(double.model.parameters())
+    (expected,) = torch.autograd.grad(pooled, first, given @ double.project.weight.detach())
+    torch.testing.assert_close(first.grad, expected)
+
+
+def test_a_projection_that_cannot_be_is_told() -> None:
+    for word, says in (("encoder.frozen=true", "would leave it as it was drawn"), ("output.start=centroids", "are not projected")):
+        with pytest.raises(ConfigError, match=says):
+            load_config(None, ["encoder.project=16", word])
+    config = load_config(None, ["encoder.project=16", "encoder.tokenizer=x"])
+    with pytest.raises(ConfigError, match=r"output.fan_in=64 is larger than the 16 features"):
+        check_features(config, Manifest({}, 5, 16, TokenizerRecord("x", "", 0, 100), {}))
+
+
+@pytest.mark.slow
+def test_a_projection_trains_resumes_and_predicts(tmp_path: Path) -> None:
+    """On one rank and on two, through a checkpoint and an exported folder."""
+    from haste_dist.export import export
+    from haste_dist.predictor import Predictor
+    from haste_dist.verify import verify
+
+    words = ["train.max_steps=24", "encoder.project=12", "output.head_fraction=1", "encoder.zero=1"]
+    one = make_prepared(tmp_path, overrides=words)
+    broken, two = copy.deepcopy(one), copy.deepcopy(one)
+    broken.run.folder += "-broken"
+    two.run.folder += "-two"
+    train(one, join_world("cpu"))
+    for steps in (10, 24):
+        broken.train.max_steps = steps
+        train(broken, join_world("cpu"))
+    run_ranks(2, train_all, [two])
+    losses = read_losses(one.run.folder)
+    assert read_losses(broken.run.folder) == losses
+    np.testing.assert_allclose(read_losses(two.run.folder), losses, rtol=1e-5)
+    last = Path(one.run.folder) / "checkpoints" / "step-00000024"
+    weight, moment = (load_file(last / f"{name}.safetensors") for name in ("encoder", "optimizer"))
+    assert weight["project.weight"].shape == (12, 32)
+    assert moment["exp_avg.project.weight"].any()
+    assert not torch.allclose(weight["project.weight"] @ weight["project.weight"].T, torch.eye(12), atol=1e-3)  # it has moved
+    assert len(verify(one.run.folder)) > 5
+
+    texts = ["w0 w1 w14", "w7 w8 w9 w21", "w3"]
+    out = export(one.run.folder, tmp_path / "out", "last")
+    ids, scores = Predictor(one.run.folder, "last", "cpu").topk(texts, 5)
+    for found, expected in zip(Predictor(out, device="cpu").topk(texts, 5), (ids, scores), strict=True):
+        assert np.array_equal(found, expected)
+    plain = subprocess.run([sys.executable, str(out / "predict.py"), *texts], capture_output=True, text=True, check=True)
+    lines = [line.split() for line in plain.stdout.splitlines() if line.startswith("  ")]
+    assert [int(line[1]) for line in lines] == ids.ravel().tolist()
+    data = (out / "encoder/projection.safetensors").read_bytes()
+    (out / "encoder/projection.safetensors").write_bytes(data[:-1] + b"\x01")
+    with pytest.raises(HasteError, match=r"projection.safetensors: damaged"):
+        Predictor(out, device="cpu")
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ ARGS = st.builds(
     momentum=st.sampled_from([0.0, 0.9]),
     weight_decay=st.sampled_from([0.0, 0.01]),
     loss=st.sampled_from(["bce", "squared_hinge"]),
+    rounding=st.sampled_from(["stochastic", "nearest"]),
     seed=st.integers(0, 2**31 - 1),
     step=st.integers(0, 10**6),
 )

@@ -84,8 +84,8 @@ def test_the_options_of_ray_start_in_the_documents_exist() -> None:
         assert set(re.findall(r"(--[a-z-]+)", line)) <= ray_start_options()
 
 
-def test_the_slurm_script_is_sound(tmp_path: Path) -> None:
-    """Its words reach haste train and srun; the two-host test runs it for real."""
+def test_the_slurm_script_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its words reach haste train and srun, and Ray takes them on every node; the two-host test runs it for real."""
     script = LAUNCH / "slurm.sbatch"
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     for name, lines in {
@@ -109,6 +109,39 @@ def test_the_slurm_script_is_sound(tmp_path: Path) -> None:
     assert sent[sent.index("--min-nodes") + 1] == "2"
     assert sent[sent.index("--") + 1 :] == ["haste", "train", "demo", *words[3:], "launch.address=10.0.0.1:23456"]
     assert list((tmp_path / ".ray").iterdir()) == []  # the token went with the job
+    at = sent.index("symmetric-run")
+    said = refusals_of_ray(sent[at + 1 : sent.index("--")], monkeypatch)
+    assert said == {"head": "", "worker": ""}
+    said = refusals_of_ray(["--address", "10.0.0.1:23456", "--include-dashboard=false"], monkeypatch)
+    assert said["head"] == ""
+    assert re.search("--include-dashboard.* should only be specified when starting head node", said["worker"])
+
+
+def refusals_of_ray(words: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Why ``ray start``, called as ``ray symmetric-run`` with these words calls it, would start no node; empty: it would.
+
+    symmetric-run gives the same options to both, some of which only a head may have; what starts the node's processes is not reached.
+    """
+    import ray._private.node
+    from click.testing import CliRunner
+    from ray.scripts.scripts import start
+    from ray.scripts.symmetric_run import curate_and_validate_ray_start_args
+
+    class ReachedError(Exception):
+        pass
+
+    def node(*_words: Any, **_more: Any) -> None:
+        raise ReachedError
+
+    monkeypatch.setattr(ray._private.node, "Node", node)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    given = curate_and_validate_ray_start_args(words)
+    asked = {"head": ["--head", "--node-ip-address=127.0.0.1", "--port=23456"], "worker": ["--address", "127.0.0.1:23456", "--block"]}
+    said = {}
+    for role, first in asked.items():
+        done = CliRunner().invoke(start, [*first, *given])
+        said[role] = "" if isinstance(done.exception, ReachedError) else f"{done.output}{done.exception!r}"
+    return said
 
 
 def ray_start_options() -> set[str]:

@@ -88,11 +88,13 @@ def test_the_output_layers_bytes_are_exact(
     assert counted == max(Classifier(page.output, shard, 32, 0, torch.device("cpu")).bytes() for shard in shards)
 
 
-def test_a_dry_run_keeps_what_a_real_forward_pass_keeps() -> None:
+@pytest.mark.parametrize("project", [0, 24])
+def test_a_dry_run_keeps_what_a_real_forward_pass_keeps(project: int) -> None:
     """On a CPU, without dropout: attention there is fused too, and the mask hides something, as in real batches."""
-    page = config("encoder.width=64", "encoder.heads=4", "encoder.layers=3", "encoder.dropout=0").encoder
+    page = config("encoder.width=64", "encoder.heads=4", "encoder.layers=3", "encoder.dropout=0", f"encoder.project={project}").encoder
     needs = dry_run(page, 100, 0, 8, 32, torch.float32)
     encoder = build_encoder(page, 100, 0, 32)
+    assert (needs.width, needs.parameters) == (project or 64, sum(p.numel() for p in encoder.parameters()))
     ids, mask = torch.randint(5, 100, (8, 32)), torch.ones(8, 32, dtype=torch.int64)
     mask[0, 20:] = 0
     with LiveBytes([*encoder.parameters(), *encoder.buffers(), ids, mask]) as live:

@@ -1,5 +1,6 @@
 """``haste study``: its page, its label orders, its intervals, and the whole command on a small made-up problem."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,13 +17,14 @@ from tiny import FULL, make_prepared
 
 from haste_dist.config import save_config
 from haste_dist.errors import ConfigError, DataError
-from haste_dist.intervals import metrics_of_sums, over_seeds, paired_bootstrap
+from haste_dist.intervals import Interval, mean_of, metrics_of_sums, over_seeds, paired_bootstrap, resample
 from haste_dist.label_groups import load_label_order
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
 from haste_dist.runlog import read_events
 from haste_dist.trials import Trial, read_result, read_study_page, read_texts, trials_of, with_label_order
 from haste_dist.verify import check_data, seal_data
 from haste_launch import cli
+from haste_launch.study_plot import Seen, draw_memory, pareto
 
 FREQUENCY = np.array([1, 1, 3, 8, 30, 200])
 
@@ -44,6 +46,7 @@ def page(folder: Path, text: str) -> Path:
         ("config: demo\ncases: {a: []}\nseeds: [1, 1]", "distinct whole numbers"),
         ("config: demo\ncases: {a: []}\nsplit: train", "test or dev"),
         ("config: demo\ncases: {a/b: []}", "a folder's"),
+        ("config: demo\ntopic: ../x\ncases: {a: []}", "topic=../x"),
     ],
 )
 def test_a_page_that_is_no_study_is_told_in_one_line(text: str, says: str, tmp_path: Path) -> None:
@@ -107,6 +110,30 @@ def test_the_bootstrap_tells_a_better_case_from_an_equal_one() -> None:
         paired_bootstrap(ours, [texts[:10] for texts in ours])
 
 
+def test_the_bootstrap_is_what_a_slow_one_gives() -> None:
+    """Texts drawn and scored anew, one sample after the other: the same texts for both cases and all seeds."""
+    n, samples = 30, 40
+    ours, theirs = ([some_texts(n, seed) for seed in seeds] for seeds in ((1, 2), (3, 4)))
+    found = paired_bootstrap([run[0] for run in ours], [run[0] for run in theirs], samples, seed=7)
+    drawn: dict[str, list[float]] = {}
+    for counts in np.random.default_rng(7).multinomial(n, np.full(n, 1 / n), size=samples):
+        texts = np.repeat(np.arange(n), counts)
+        assert len(texts) == n
+        scores = [[measured(predicted[texts], [true[i] for i in texts]) for _, true, predicted in side] for side in (ours, theirs)]
+        for name in {key for side in scores for run in side for key in run}:
+            pairs = [(a.get(name, np.nan), b.get(name, np.nan)) for a, b in zip(*scores, strict=True)]
+            drawn.setdefault(name, []).append(float(np.mean([a - b for a, b in pairs])))
+    whole = [[measured(predicted, true) for _, true, predicted in side] for side in (ours, theirs)]
+    assert set(drawn) == set(found)
+    for name, values in drawn.items():
+        low, high = np.nanpercentile(values, [2.5, 97.5])
+        difference = np.mean([a[name] - b[name] for a, b in zip(*whole, strict=True)])
+        assert (found[name].value, found[name].low, found[name].high) == pytest.approx((difference, low, high), abs=1e-12), name
+    alone = mean_of(resample([run[0] for run in ours], samples, seed=7))["PSP@5"]
+    assert alone.value == pytest.approx(np.mean([side["PSP@5"] for side in whole[0]]))
+    assert alone.low < alone.value < alone.high
+
+
 def test_the_interval_over_seeds_is_students() -> None:
     one = over_seeds([1.0, 2.0, 3.0])
     assert one.value == 2
@@ -142,8 +169,10 @@ def test_a_study_from_its_page_to_its_report(tmp_path: Path, capsys: pytest.Capt
     file = page(
         tmp_path, f"config: {tmp_path}/config.yaml\nsettings: [train.epochs=1]\ncases:\n  plain: []\n  dense: [output.head_fraction=1]\n"
     )
-    out = tmp_path / "study"
+    out, records = tmp_path / "study", tmp_path / "records"
     words = ["study", str(file), "--out", str(out), "--side-by-side", "2"]
+    assert cli.main([*words, "--report"]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
     assert cli.main(words) == 0, (capsys.readouterr(), *(log.read_text() for log in out.rglob("output.log")))
     said = capsys.readouterr().out
     assert "plain-0: epoch 1.0 test  P@1 " in said
@@ -162,20 +191,69 @@ def test_a_study_from_its_page_to_its_report(tmp_path: Path, capsys: pytest.Capt
     report = (out / "report.md").read_text(encoding="utf-8")
     assert "| plain | 1 | " in report
     assert "Difference to plain" in report
-    assert (out / "report.png").stat().st_size > 10_000
+    plots = {name: (out / name).stat().st_size for name in ("metrics.png", "recall.png", "memory.png")}
+    assert min(plots.values()) > 10_000
+    assert all(f"]({name})" in report for name in plots)
 
-    # A run that is there is kept; one that is missing is made; one with other settings is refused.
+    # A run that is there is kept and gets its record; one that is missing is made.
     kept = (trials[0].folder / "result.json").stat().st_mtime_ns
-    shutil.rmtree(trials[1].folder)
-    assert cli.main([*words, "--no-plot"]) == 0
+    away = trials[1].folder.rename(tmp_path / "away")
+    assert cli.main([*words, "--report", "--no-plot", "--records", str(records)]) == 0
+    assert "1 of 2 runs are finished" in capsys.readouterr().out
+    assert [line["case"] for line in lines_of(records)] == ["plain"]
+    assert cli.main([*words, "--no-plot", "--records", str(records)]) == 0
     assert "1 of 2 runs are in" in capsys.readouterr().out
     assert (trials[0].folder / "result.json").stat().st_mtime_ns == kept
     assert json.loads((trials[1].folder / "result.json").read_text())["P@1"] == pytest.approx(table["P@1"].to_pylist()[1])  # the same seed
+    plain, dense = lines_of(records)
+    assert (plain["provider"], dense["provider"]) == ("haste_dist", "dense")
+    assert plain["shape"] == {"L": 101, "N": 16, "D": 32, "F": 8, "G": 16, "W": 1}
+    assert dense["shape"] == {"L": 101, "N": 16, "D": 32, "W": 1}
+    result = read_result(trials[0])
+    assert result is not None
+    assert (plain["topic"], plain["p_at_1"], plain["seed"], plain["gpus"]) == ("config", round(result["P@1"], 5), 0, 0)
+    assert all(plain[name] == result[name] for name in ("torch", "triton", "commit", "date", "output_bytes"))
+
+    # The report needs nothing but the study's folder, and writes no record again.
+    shutil.rmtree(trials[1].folder)
+    away.rename(trials[1].folder)
+    os.rename(config.data.prepared, tmp_path / "gone")
+    before = sum(line["case"] == "plain" for line in lines_of(records))
+    assert cli.main([*words, "--report", "--records", str(records)]) == 0
+    assert (out / "report.md").read_text(encoding="utf-8") == report
+    assert sum(line["case"] == "plain" for line in lines_of(records)) == before == 1
+    os.rename(tmp_path / "gone", config.data.prepared)
+
+    # One with other settings is refused; a setting that has come since is at its default.
     assert cli.main([*words, "train.epochs=2"]) == 2
     assert "other settings" in capsys.readouterr().err
+    settings = json.loads(result["settings"])
+    del settings["encoder"]["compile"], settings["rewire"]["grow"]
+    (trials[0].folder / "result.json").write_text(json.dumps({**result, "settings": json.dumps(settings)}))
+    assert read_result(trials[0]) is not None
     (trials[0].folder / "result.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):
         read_result(trials[0])
+
+
+def lines_of(records: Path) -> list[dict]:
+    (file,) = records.iterdir()
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_pareto_line_joins_what_nothing_beats() -> None:
+    assert pareto([(3, 5), (1, 2), (2, 1), (1, 1), (4, 5), (5, 6)]) == [(1, 2), (3, 5), (5, 6)]
+
+
+def test_labels_of_points_lie_apart() -> None:
+    """Ten cases at nearly one place, and a name as long as they come."""
+    cases = {f"case {i}": Seen({name: Interval(0.5 + i / 1000, 0.49, 0.51) for name in ("P@1", "PSP@5")}, {}, 1e6 + i) for i in range(9)}
+    cases["momentum in float32, nearest"] = Seen({name: Interval(0.5, np.nan, np.nan) for name in ("P@1", "PSP@5")}, {}, 9e6)
+    for axis in draw_memory(cases).axes:
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert len(boxes) == 10
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        assert all(box.x0 >= axis.figure.bbox.x0 and box.x1 <= axis.figure.bbox.x1 for box in boxes)
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

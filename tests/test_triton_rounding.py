@@ -30,19 +30,21 @@ def _round(
     STREAM: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
+    NEAREST: tl.constexpr,
 ):
     row = tl.program_id(0) * R + tl.arange(0, R)
     column = tl.program_id(1) * C + tl.arange(0, C)
     at = row[:, None] * width + column[None, :]
     mask = tl.broadcast_to(column[None, :] < width, (R, C))
     v = tl.load(value + at, mask=mask, other=0.0)
-    tiles.store(out, at, mask, v, first_row + row, tl.program_id(1) * C, step, low, high, STREAM)
+    tiles.store(out, at, mask, v, first_row + row, tl.program_id(1) * C, step, low, high, STREAM, NEAREST)
 
 
-def rounded(value, first_row, stream, rows, columns, step=STEP, dtype=torch.bfloat16):
+def rounded(value, first_row, stream, rows, columns, step=STEP, dtype=torch.bfloat16, nearest=False):
     out = torch.empty_like(value, dtype=dtype)
     grid = (len(value) // rows, triton.cdiv(value.shape[1], columns))
-    _round[grid](out, value, value.shape[1], first_row, step, SEED & 0xFFFFFFFF, SEED >> 32, STREAM=stream, R=rows, C=columns)
+    words = (SEED & 0xFFFFFFFF, SEED >> 32)
+    _round[grid](out, value, value.shape[1], first_row, step, *words, STREAM=stream, R=rows, C=columns, NEAREST=nearest)
     return out
 
 
@@ -72,9 +74,17 @@ def test_shards_round_the_same_bits(shards):
     assert same_bits(torch.cat(parts), whole)
 
 
-def test_special_values_stay():
+def test_the_nearest_is_torchs():
+    torch.manual_seed(2)
+    value = torch.randn(32, 45) * torch.logspace(-30, 30, 45)
+    value[0, :6] = torch.tensor([1.0 + 2**-8, 1.0 + 3 * 2**-8, 1.0 + 2**-8 + 2**-20, -1.0 - 2**-8, 3.4e38, 2.0**-140])  # ties and ends
+    assert same_bits(rounded(value, 7, 0, 4, 16, nearest=True), value.bfloat16())
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+def test_special_values_stay(nearest):
     value = torch.tensor([[float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1.5, -2.0, 2.0**-130] * 2] * 2)
-    got = rounded(value, 0, 0, 2, 16)
+    got = rounded(value, 0, 0, 2, 16, nearest=nearest)
     assert torch.equal(got.isnan(), value.isnan())
     assert torch.equal(got.float()[~value.isnan()], value[~value.isnan()])
 
