@@ -52,7 +52,13 @@ class DataConfig:
     rows_per_shard: int = setting(16384, "lines of the source that make one Arrow shard, at most", low=1, high=2**24)
     limit: int = setting(0, "use only the first this many training texts (0: all)", low=0)
     on_error: str = setting("stop", "bad input: stop at the first, or quarantine it and go on", choices=("stop", "quarantine"))
-    dev_fraction: float = setting(0.0, "part of the training texts held out for evaluation instead of the test split", low=0.0, high=0.5)
+    dev_fraction: float = setting(
+        0.0,
+        "part of the training texts, drawn by run.seed, held out for evaluation instead of the test split; prepare needs both as training"
+        " does: label embeddings leave these texts out",
+        low=0.0,
+        high=0.5,
+    )
     length_buckets: int = setting(32, "batches sorted by length together, to save padding (1: none)", low=1, high=4096)
     reader: str = setting(
         "mmap", "how training reads the shards: memory-mapped by each rank, or streamed through Ray Data", choices=("mmap", "ray")
@@ -313,6 +319,10 @@ def check(config: Config) -> None:
         raise ConfigError("output.start=centroids: label embeddings must be the encoder's; set groups.features=encoder, groups.encoder=")
     if config.output.start == "centroids" and config.encoder.project:
         raise ConfigError("output.start=centroids: label embeddings are not projected; set encoder.project=0 or output.start=random")
+    if config.groups.start and config.data.dev_fraction:
+        raise ConfigError(
+            f"groups.start={config.groups.start}: groups of earlier data may have seen the dev texts; set data.dev_fraction=0 or no start"
+        )
     if config.output.tail_features:
         check_fan_in(config.output.fan_in, config.output.tail_features[1] - config.output.tail_features[0])
 

@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,11 @@ import torch
 from haste_dist.bisection import group_cohesion
 from haste_dist.config import Config
 from haste_dist.errors import DataError
+from haste_dist.held_out import dev_split
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, read_arrow, replacing, write_arrow
 from haste_dist.packing import pack
 from haste_dist.sharding import spread
-from haste_dist.world import choose_device
+from haste_dist.world import all_devices
 
 SCHEMA_VERSION = 1
 LABELS_FILE, GROUPS_FILE = "labels.arrow", "groups.json"
@@ -114,11 +115,11 @@ def order_labels(
     iterations: int = 8,
     search: int = 2**20,
     seed: int = 0,
-    device: torch.device | None = None,
+    devices: Sequence[torch.device] = (),
     earlier: np.ndarray | None = None,
     work: Path | None = None,
 ) -> tuple[LabelOrder, pa.RecordBatch | None]:
-    """The order of L labels from their (L,) int64 training frequencies; a pure function of its arguments but ``device`` and ``work``.
+    """The order of L labels from their (L,) int64 training frequencies; a pure function of its arguments but ``devices`` and ``work``.
 
     ``embed()`` gives (L, D) float16 or float32 label embeddings of length 1; it is called only where groups of several labels are to be
     semantic. ``earlier`` (K, G): groups of labels that stay together if they are all in the tail, -1 for a label that is no more.
@@ -133,7 +134,8 @@ def order_labels(
         tail = np.random.default_rng([seed, RANDOM_STREAM]).permutation(tail)
     elif method == "semantic" and group_size > 1 and len(tail):
         vectors = torch.from_numpy(embed())
-        device = device or vectors.device
+        devices = list(devices) or [vectors.device]
+        device = devices[0]
         if device.type == "cuda" and vectors.nbytes < torch.cuda.mem_get_info(device)[0] // 3:  # else blocks go there as they are needed
             vectors = vectors.to(device)
         baseline = torch.from_numpy(np.random.default_rng([seed, BASELINE_STREAM]).permutation(tail))
@@ -148,7 +150,7 @@ def order_labels(
             search=search,
             iterations=iterations,
             seed=seed,
-            device=device,
+            devices=devices,
             kept=torch.from_numpy(kept),
             folder=work,
         )
@@ -170,7 +172,7 @@ def measure_closeness(
 def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> dict[str, Any]:
     """Writes labels.arrow and groups.json into the prepared ``folder``; returns what groups.json says, and "seconds".
 
-    Reads label_texts.arrow, and for semantic groups the training shards that ``manifest`` lists (never a test text).
+    Reads label_texts.arrow, and for semantic groups the training shards that ``manifest`` lists (never a test or dev text).
     Raises ConfigError where the embeddings cannot be made, DataError where a file is missing, damaged or cannot be written.
     """
     from haste_dist.label_embeddings import LabelEmbeddings, embed_labels, remove_work  # transformers and scipy: slow to import
@@ -178,7 +180,7 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
     began = time.perf_counter()
     folder = Path(folder)
     table = read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)
-    device = choose_device(config.launch.device)
+    devices = all_devices(config.launch.device)
     settings = order_settings(config, manifest)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     work = folder / WORK / key
@@ -189,7 +191,7 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
     def embed() -> np.ndarray:
         nonlocal made, embed_seconds
         started = time.perf_counter()
-        made = embed_labels(config, folder, manifest, device, work)
+        made = embed_labels(config, folder, manifest, devices[0], work)
         embed_seconds = time.perf_counter() - started
         return made.vectors
 
@@ -202,7 +204,7 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
         iterations=config.groups.iterations,
         search=config.groups.search,
         seed=config.run.seed,
-        device=device,
+        devices=devices,
         earlier=earlier_groups(config.groups.start, table["uid"]) if config.groups.start else None,
         work=work,
     )
@@ -259,6 +261,7 @@ def label_order_is_current(config: Config, folder: str | Path, manifest: Manifes
         page = json.loads((Path(folder) / GROUPS_FILE).read_text(encoding="utf-8"))
         if config.output.start == "centroids" and not (Path(folder) / VECTORS_FILE).is_file():
             return False
+        page = {"dev": None, **page}  # orders that do not say are of all training texts
         return page.items() >= order_settings(config, manifest).items() and load_label_order(folder).labels == manifest.labels
     except (OSError, ValueError, AttributeError, DataError):
         return False
@@ -341,6 +344,7 @@ def order_settings(config: Config, manifest: Manifest) -> dict[str, Any]:
         "group_size": config.output.group_size,
         "head_fraction": config.output.head_fraction,
         "seed": config.run.seed,
+        "dev": dev_split(config),
         **groups,
         "encoder": _encoder_identity(config) if config.groups.features == "encoder" else None,
     }

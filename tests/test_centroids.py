@@ -111,11 +111,17 @@ def test_prepare_keeps_the_embeddings_where_they_are_asked_for(tmp_path: Path, m
 def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"set groups.features=encoder, groups.encoder="):
         load_config(None, ["output.start=centroids", "groups.features=tfidf"])
+    with pytest.raises(ConfigError, match=r"groups of earlier data may have seen the dev texts"):
+        load_config(None, ["groups.start=earlier", "data.dev_fraction=0.1"])
     config, vectors = with_vectors(tmp_path)
     check_run(config)
     np.save(Path(config.data.prepared) / VECTORS_FILE, vectors[:, :30], allow_pickle=False)
     with pytest.raises(DataError, match=r"is \(101, 30\), not \(101, 32\); run haste prepare again"):
         check_run(config)
+    config.data.dev_fraction = 0.1
+    with pytest.raises(ConfigError, match=r"leave out no text, this run holds out .*dev_fraction=0.1 run.seed=0; run haste prepare with"):
+        check_run(config)
+    config.data.dev_fraction = 0.0
     (Path(config.data.prepared) / VECTORS_FILE).unlink()
     with pytest.raises(DataError, match=r"run haste prepare again with output.start=centroids"):
         check_run(config)
