@@ -5,18 +5,10 @@ the defaults here, a YAML file (differences only), and ``a.b=c`` words on the co
 nearest valid one; values are range-checked before anything starts; the resolved page is saved in the run folder.
 """
 
-import dataclasses
-import difflib
-import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from haste_dist import page
 from haste_dist.errors import ConfigError
 from haste_dist.setting import setting
 from haste_dist.use_config import PredictConfig, ServeConfig
@@ -263,39 +255,15 @@ def load_config(file: str | Path | None = None, overrides: list[str] | None = No
     ``file`` is a path, or the name of a YAML shipped with the package (``demo``, ``wordnet``, ...).
     Raises ConfigError, with a message of one line, for a missing file, an unknown name or a bad value.
     """
-    layers: list[tuple[str, DictConfig]] = []
-    if file is not None:
-        layers.append((str(file), _read_yaml(_find_yaml(str(file)))))
-    for word in overrides or []:
-        key, sep, _ = word.partition("=")
-        if not sep or not key.strip():
-            raise ConfigError(f"'{word}': a setting on the command line reads part.name=value")
-        try:
-            # `a.b=` is an empty string (a shell eats the quotes of a.b=''), not YAML's null
-            layers.append((word, OmegaConf.from_dotlist([word if word.split(sep, 1)[1] else f"{word}''"])))
-        except Exception as error:  # a YAML scanner error from the value
-            raise ConfigError(f"'{word}': {_first_line(error)}") from None
-    merged = OmegaConf.structured(Config)
-    for where, layer in layers:
-        try:
-            _check_names(layer, Config, where)
-            merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            key = error.full_key or ""
-            raise ConfigError(": ".join(p for p in (where, "" if where.startswith(key) else key, _first_line(error)) if p)) from None
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # an interpolation such as ${oc.env:NAME} that leads nowhere
-        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
-    assert isinstance(config, Config)
+    layers = [] if file is None else [page.file_layer(_find_yaml(str(file)), str(file))]
+    config = page.merged(Config, [*layers, *page.word_layers(overrides or [])])
     check(config)
     return config
 
 
 def check(config: Config) -> None:
     """Range checks of every field, then the few rules that join two of them. Raises ConfigError."""
-    for part in dataclasses.fields(config):
-        _check_ranges(part.name, getattr(config, part.name))
+    page.check_ranges(config)
     for logger in config.run.loggers:
         if logger not in LOGGERS or config.run.loggers.count(logger) > 1:
             raise ConfigError(f"run.loggers={config.run.loggers}: each once, of {', '.join(LOGGERS)}")
@@ -340,62 +308,7 @@ def embedding_width(encoder: EncoderConfig, hidden: int) -> int:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved page as YAML that ``load_config`` reads back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
-
-
-def describe(config: Config) -> str:
-    """The resolved page as YAML with each field's documentation and range behind it."""
-    lines = []
-    for part in dataclasses.fields(config):
-        lines.append(f"{part.name}:")
-        section = getattr(config, part.name)
-        for f in dataclasses.fields(section):
-            lines.append(f"  {_inline(f.name, getattr(section, f.name)):<34} # {f.metadata['doc']}{_range_text(f.metadata)}")
-    return "\n".join(lines) + "\n"
-
-
-def _inline(name: str, value: Any) -> str:
-    """``name: value`` as YAML on one line."""
-    if isinstance(value, list):
-        return f"{name}: {value}"
-    return re.sub(r"\n *", " ", OmegaConf.to_yaml(OmegaConf.create({name: value})).rstrip("\n"))  # long strings come folded
-
-
-def _range_text(meta: Any) -> str:
-    if meta.get("choices"):
-        return f" [{' | '.join(map(str, meta['choices']))}]"
-    low, high = meta.get("low"), meta.get("high")
-    if low is None and high is None:
-        return ""
-    return f" [{'' if low is None else low} .. {'' if high is None else high}]"
-
-
-def _check_ranges(part: str, section: Any) -> None:
-    for f in dataclasses.fields(section):
-        value, meta = getattr(section, f.name), f.metadata
-        if value is None:
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{part}.{f.name}={value}: must be a finite number")
-        outside = (meta.get("low") is not None and value < meta["low"]) or (meta.get("high") is not None and value > meta["high"])
-        if outside or (meta.get("choices") and value not in meta["choices"]):
-            raise ConfigError(f"{part}.{f.name}={value}: must be in{_range_text(meta)} ({meta['doc']})")
-
-
-def _check_names(layer: DictConfig | ListConfig, schema: Any, where: str, prefix: str = "") -> None:
-    if not isinstance(layer, DictConfig):
-        raise ConfigError(f"{where}: expected 'part: {{name: value}}' at {prefix or 'the top'}")
-    known = {f.name: f.type for f in dataclasses.fields(schema)}
-    for key in layer:
-        name = prefix + str(key)
-        if OmegaConf.is_missing(layer, key):
-            raise ConfigError(f"{where}: {name} has no value")
-        if key not in known:
-            every = [f"{p.name}.{f.name}" for p in dataclasses.fields(Config) for f in dataclasses.fields(p.type)]  # type: ignore[arg-type]
-            near = difflib.get_close_matches(name, every + [p.name for p in dataclasses.fields(Config)], n=1, cutoff=0.0)
-            raise ConfigError(f"{where}: unknown setting '{name}'; did you mean '{near[0]}'?")
-        if dataclasses.is_dataclass(known[key]):
-            _check_names(layer[key], known[key], where, f"{key}.")
+    path.write_text(page.as_yaml(config), encoding="utf-8")
 
 
 def _find_yaml(name: str) -> Path:
@@ -409,20 +322,3 @@ def _find_yaml(name: str) -> Path:
         return shipped / f"{name}.yaml"
     names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
     raise ConfigError(f"{name}: no such config file; shipped ones: {names}")
-
-
-def _read_yaml(path: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # unreadable, not UTF-8, or not YAML
-        raise ConfigError(f"{path}: {_first_line(error)}") from None
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: expected 'part: {{name: value}}' at the top")
-    return loaded
-
-
-def _first_line(error: Exception) -> str:
-    """What went wrong and where in the file, in one line."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"{error.problem}, line {error.problem_mark.line + 1}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

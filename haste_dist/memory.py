@@ -24,7 +24,7 @@ STEP_PHASES = ("encoder forward", "output layer", "encoder backward", "optimizer
 HALF = 2  # bytes of bfloat16
 # Numbers of the kernels, which cannot be imported where Triton is not installed; tests/test_memory.py compares them.
 TILE = 64  # most batch rows of a tile
-RUN, COPIES_BYTES, SCRATCH_BYTES = 128, 24 << 20, 256 << 20  # triton_tail.py: float16 copies of dx, the deterministic mode
+RUN, COPIES_BYTES, SCRATCH_BYTES = 128, 24 << 20, 256 << 20  # triton_dx.py: float16 copies of dx, the deterministic mode
 HEAD_BYTES, HEAD_ROWS = 64 << 20, 128  # triton_head.py: a chunk's dz, most rows of a tile
 TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN = 128 << 20, 4096, 16, 256  # triton_topk.py: block maxima of a chunk
 PLAIN_BYTES = {"cuda": 1 << 30, "cpu": 8 << 20}  # chunks.py: a chunk of plain torch

@@ -10,7 +10,6 @@ group's part goes to scratch memory instead, and a second kernel adds them in a 
 Letters: N batch rows, B of them a tile, D embedding width, T groups, G rows a group, F fan-in, P positives.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -24,12 +23,7 @@ from haste_kernels import tuning
 from haste_kernels.backend import takes_types
 from haste_kernels.products import operand_dtype
 from haste_kernels.state import Positives, StepArgs, TailState
-
-# dx is a sum of thousands of small parts, and adding them is what bounds the step. Added in float16, they are half the bytes; a
-# sum of about RUN parts (where groups read features evenly; a feature that all groups read has D / F times as many) then goes to
-# float32. With several copies of dx the runs stay short in one launch.
-RUN, COPIES_BYTES = 128, 24 << 20
-SCRATCH_BYTES = 256 << 20  # what the deterministic mode may take beside the states
+from haste_kernels.triton_dx import gather, sum_in_order, zeros_for_parts
 
 
 @dataclass(frozen=True)
@@ -267,52 +261,6 @@ def _tail_step(
         tl.store(loss + group, total)
 
 
-@triton.jit(do_not_specialize=["copies"])
-def _collect(
-    dx,  # (N, D) float32, out (ADD: in and out)
-    parts,  # (copies, D, NP) float32 or float16, in
-    scale: tl.float32,
-    n,
-    width,
-    stride,  # NP
-    copies,
-    copy_stride: tl.int64,
-    ADD: tl.constexpr,
-    B: tl.constexpr,
-):
-    """Sums the copies in float32, scales, and turns (D, N) into (N, D)."""
-    batch = tl.program_id(0) * B + tl.arange(0, B)
-    d = tl.program_id(1) * B + tl.arange(0, B)
-    inside = (d < width)[:, None] & (batch < n)[None, :]
-    total = tl.zeros((B, B), tl.float32)
-    for copy in range(copies):
-        total += tl.load(parts + copy * copy_stride + d[:, None] * stride + batch[None, :], mask=inside, other=0.0).to(tl.float32)
-    out = dx + batch[:, None].to(tl.int64) * width + d[None, :]
-    total = tl.trans(total) * scale
-    if ADD:
-        total += tl.load(out, mask=tl.trans(inside), other=0.0)
-    tl.store(out, total, mask=tl.trans(inside))
-
-
-@triton.jit
-def _add_in_order(
-    dx,  # (D, NP) float32, in and out
-    parts,  # (slots, NP) float32, in
-    order,  # (slots,) int64, in: slots by feature
-    bounds,  # (D + 1,) int64, in: where each feature's slots begin in ``order``
-    stride,
-    B: tl.constexpr,
-):
-    d = tl.program_id(0).to(tl.int64)
-    batch = tl.program_id(1) * B + tl.arange(0, B)
-    at = d * stride + batch
-    inside = batch < stride
-    total = tl.load(dx + at, mask=inside)
-    for i in range(tl.load(bounds + d), tl.load(bounds + d + 1)):
-        total += tl.load(parts + tl.load(order + i) * stride + batch, mask=inside)
-    tl.store(dx + at, total, mask=inside)
-
-
 @torch.no_grad()
 def tail_step(
     x_ND: Tensor, positives: Positives, tail: TailState, args: StepArgs, want_loss: bool = False, config: TailConfig | None = None
@@ -346,16 +294,16 @@ def tail_step(
     dx_ND = torch.empty(n, width, dtype=torch.float32, device=device)
     if args.deterministic:
         parts = torch.zeros(1, width, padded, dtype=torch.float32, device=device)
-        _in_order(parts[0], tail.index, launch)
-        _gather(dx_ND, parts, args.scale, add=False)
+        sum_in_order(parts[0], tail.index, launch)
+        gather(dx_ND, parts, args.scale, add=False)
     else:
         half = args.half_sums and dtype != torch.float32
-        parts, most = _parts(groups, fan_in, width, padded, half, device)
+        parts, most = zeros_for_parts(groups, fan_in, width, padded, half, device)
         for first in range(0, groups, most):
             if first:
                 parts.zero_()
             launch(parts, first, min(most, groups - first))
-            _gather(dx_ND, parts, args.scale, add=first > 0)
+            gather(dx_ND, parts, args.scale, add=first > 0)
         if not groups:
             dx_ND.zero_()
     return dx_ND, None if loss is None else loss.sum(dtype=torch.float64).mul_(args.scale).float()
@@ -372,35 +320,3 @@ def key(tail: TailState, n: int) -> str:
     _, size, fan_in = tail.weight.shape
     momentum = "none" if tail.momentum is None else str(tail.momentum.dtype)
     return f"G={size} F={fan_in} N={triton.next_power_of_2(n)} {tail.weight.dtype} momentum={momentum}".replace("torch.", "")
-
-
-def _parts(groups: int, fan_in: int, width: int, padded: int, half: bool, device: torch.device) -> tuple[Tensor, int]:
-    """Zeros to add dx into, (copies, D, NP), and how many groups may be added before they are gathered."""
-    if not half:
-        return torch.zeros(1, width, padded, dtype=torch.float32, device=device), max(1, groups)
-    needed = -(-groups * fan_in // (width * RUN))
-    copies = max(1, min(needed, COPIES_BYTES // (2 * width * padded)))
-    return torch.zeros(copies, width, padded, dtype=torch.float16, device=device), max(1, RUN * copies * width // fan_in)
-
-
-def _gather(dx_ND: Tensor, parts: Tensor, scale: float, add: bool) -> None:
-    n, width = dx_ND.shape
-    copies, _, padded = parts.shape
-    grid = (triton.cdiv(n, 32), triton.cdiv(width, 32))
-    _collect[grid](dx_ND, parts, scale, n, width, padded, copies, width * padded, ADD=add, B=32, num_warps=4)
-
-
-def _in_order(dx_DN: Tensor, index: Tensor, launch: Callable[[Tensor, int, int], None]) -> None:
-    """The deterministic mode: chunks of groups write their parts of dx to scratch memory, then each feature adds its own by group."""
-    groups, fan_in = index.shape
-    width, padded = dx_DN.shape
-    most = max(1, SCRATCH_BYTES // (4 * fan_in * padded))
-    parts = torch.empty(min(most, groups) * fan_in, padded, dtype=torch.float32, device=dx_DN.device)
-    block = min(1024, triton.next_power_of_2(padded))
-    features = torch.arange(width + 1, device=dx_DN.device)
-    for first in range(0, groups, most):
-        count = min(most, groups - first)
-        launch(parts, first, count)
-        feature, order = index[first : first + count].flatten().int().sort(stable=True)
-        bounds = torch.searchsorted(feature, features)
-        _add_in_order[(width, triton.cdiv(padded, block))](dx_DN, parts, order, bounds, padded, B=block)

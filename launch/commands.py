@@ -9,8 +9,9 @@ from argparse import Namespace
 from itertools import chain
 from pathlib import Path
 
-from haste_dist.config import Config, describe, load_config
+from haste_dist.config import Config, load_config
 from haste_dist.errors import ConfigError
+from haste_dist.page import describe
 
 
 def config(args: Namespace) -> int:

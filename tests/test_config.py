@@ -10,8 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import haste_conf
-from haste_dist.config import Config, check, check_fan_in, describe, load_config, save_config
+from haste_dist.config import Config, check, check_fan_in, load_config, save_config
 from haste_dist.errors import ConfigError
+from haste_dist.page import describe
 
 SHIPPED = sorted(path.stem for path in Path(next(iter(haste_conf.__path__))).glob("*.yaml"))
 FIELDS = [(part.name, f) for part in dataclasses.fields(Config) for f in dataclasses.fields(part.type)]

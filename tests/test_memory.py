@@ -52,12 +52,12 @@ def test_the_plan_knows_the_kernels_numbers() -> None:
 
     assert {"cuda": chunks.CUDA_BYTES, "cpu": chunks.CPU_BYTES} == PLAIN_BYTES
     pytest.importorskip("triton")
+    from haste_kernels import triton_dx as dx
     from haste_kernels import triton_head as head
     from haste_kernels import triton_maxima as maxima
-    from haste_kernels import triton_tail as tail
     from haste_kernels import triton_topk as topk
 
-    assert (tail.RUN, tail.COPIES_BYTES, tail.SCRATCH_BYTES) == (RUN, COPIES_BYTES, SCRATCH_BYTES)
+    assert (dx.RUN, dx.COPIES_BYTES, dx.SCRATCH_BYTES) == (RUN, COPIES_BYTES, SCRATCH_BYTES)
     assert (head.CHUNK_BYTES, head.MOST_ROWS) == (HEAD_BYTES, HEAD_ROWS)
     assert max(tiles.rows for tiles in (head.HALF, head.FLOAT, *head.CANDIDATES)) == HEAD_ROWS
     assert (topk.CHUNK_BYTES, topk.CHUNK_SPANS, topk.LIST, maxima.SPAN) == (TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN)

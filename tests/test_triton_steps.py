@@ -149,7 +149,7 @@ def test_what_is_stored_short_is_rounded_as_the_definition_does(step, weight, mo
 
 
 def test_deterministic_parts_are_added_in_chunks(monkeypatch):
-    monkeypatch.setattr("haste_kernels.triton_tail.SCRATCH_BYTES", 4 * 32 * 64 * 2)  # two groups at once
+    monkeypatch.setattr("haste_kernels.triton_dx.SCRATCH_BYTES", 4 * 32 * 64 * 2)  # two groups at once
     torch.manual_seed(0)
     tail, x_ND = make_tail(5, 16, 32, 50, 3), torch.randn(40, 50)
     positives, truth = make_positives(tail.rows, 40, 0.1), copy.deepcopy(tail)

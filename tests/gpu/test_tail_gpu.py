@@ -152,8 +152,8 @@ def test_long_sums_are_cut_into_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     truth, whole = copy.deepcopy(tail), copy.deepcopy(tail)
     true_dx, _ = reference.tail_step(x_ND, positives, truth, ARGS)
     short, _ = tail_step(x_ND, positives, tail, ARGS)
-    monkeypatch.setattr("haste_kernels.triton_tail.COPIES_BYTES", 1)  # one copy, so more launches than one
-    monkeypatch.setattr("haste_kernels.triton_tail.RUN", 24)
+    monkeypatch.setattr("haste_kernels.triton_dx.COPIES_BYTES", 1)  # one copy, so more launches than one
+    monkeypatch.setattr("haste_kernels.triton_dx.RUN", 24)
     cut, _ = tail_step(x_ND, positives, whole, ARGS)
     assert torch.equal(tail.weight, whole.weight)
     assert distance(cut, true_dx) < 4e-3
