@@ -52,7 +52,7 @@ class DataConfig:
     rows_per_shard: int = setting(16384, "lines of the source that make one Arrow shard, at most", low=1, high=2**24)
     limit: int = setting(0, "use only the first this many training texts (0: all)", low=0)
     on_error: str = setting("stop", "bad input: stop at the first, or quarantine it and go on", choices=("stop", "quarantine"))
-    dev_fraction: float = setting(0.0, "part of the training texts held out for evaluation instead of the test split", low=0.0, high=0.5)
+    dev_fraction: float = setting(0.0, "part of the training texts, drawn by run.seed, held out to evaluate on", low=0.0, high=0.5)
     length_buckets: int = setting(32, "batches sorted by length together, to save padding (1: none)", low=1, high=4096)
     reader: str = setting(
         "mmap", "how training reads the shards: memory-mapped by each rank, or streamed through Ray Data", choices=("mmap", "ray")

@@ -4,7 +4,8 @@ Two steps. First every text is embedded, a shard of texts at a time, each into a
 CPUs) where Ray runs, else here. A killed run goes on from the files that are finished. Then Y^T E is summed for a range of labels at
 a time, in the order of the shards, so neither the number of workers nor the size of a range changes a bit of the result. Memory: PIECE
 texts a worker, and at most a quarter of the machine's for the float32 sums (of 10 million labels of width 768 they are 29 GiB, in each
-worker if workers summed). Disk: 2 D bytes a text and a label while it lasts. Only the training split is read, never a test text.
+worker if workers summed). Disk: 2 D bytes a text and a label while it lasts. Only the training split is read, never a test text; the
+dev texts of the config's run count as having no label, and not for TF-IDF.
 
 Letters: n texts of a piece, L labels, R labels of a range, D embedding width.
 """
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from haste_dist.config import Config
+from haste_dist.held_out import dev_rows
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, SHARD_SCHEMA, Manifest, open_split, read_arrow, replacing
 from haste_dist.text_embedders import (
     PIECE,
@@ -78,6 +80,9 @@ def embed_labels(config: Config, folder: Path, manifest: Manifest, device: torch
     own = np.zeros(manifest.labels, bool)
     if config.groups.label_text:
         own = read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)["text"].to_numpy() != ""
+    rows = manifest.splits["train"].rows
+    counts = np.ones(rows, bool)
+    counts[dev_rows(rows, config.data.dev_fraction, config.run.seed)] = False
     tasks = [Task(f"train-{i:05d}.npy", shard.rows, shard=shard.file) for i, shard in enumerate(manifest.splits["train"].shards)]
     for start in range(0, manifest.labels, OWN_TEXTS):
         stop = min(start + OWN_TEXTS, manifest.labels)
@@ -86,15 +91,14 @@ def embed_labels(config: Config, folder: Path, manifest: Manifest, device: torch
     work.mkdir(parents=True, exist_ok=True)
     if config.groups.features == "tfidf" and not (work / IDF).is_file():
         with replacing(work / IDF) as file:
-            np.save(
-                file, inverse_document_frequency(open_split(folder, manifest, "train"), manifest.tokenizer.vocab_size), allow_pickle=False
-            )
+            train = open_split(folder, manifest, "train")
+            np.save(file, inverse_document_frequency(train, manifest.tokenizer.vocab_size, counts), allow_pickle=False)
     with progress() as bars:
         bar = bars.add_task("embedding texts", total=sum(task.texts for task in tasks))
         todo = [task for task in tasks if not (work / task.name).is_file()]
         bars.advance(bar, sum(task.texts for task in tasks) - sum(task.texts for task in todo))
         _embed_all(config, folder, manifest, device, work, todo, lambda texts: bars.advance(bar, texts))
-    untrained, missing = _sum_labels(config, folder, manifest, work, tasks, own)
+    untrained, missing = _sum_labels(config, folder, manifest, work, tasks, own, counts)
     return LabelEmbeddings(np.load(work / VECTORS, mmap_mode="c", allow_pickle=False), int(own.sum()), untrained, missing)
 
 
@@ -181,8 +185,13 @@ def _texts(task: Task, config: Config, folder: Path, manifest: Manifest) -> Iter
         yield tokenize(config.encoder, texts[begin : begin + PIECE], manifest.max_length)
 
 
-def _sum_labels(config: Config, folder: Path, manifest: Manifest, work: Path, tasks: list[Task], own: np.ndarray) -> tuple[int, int]:
-    """Writes the label vectors, a range of labels at a time; returns how many have no training text, and neither text."""
+def _sum_labels(
+    config: Config, folder: Path, manifest: Manifest, work: Path, tasks: list[Task], own: np.ndarray, counts: np.ndarray
+) -> tuple[int, int]:
+    """Writes the label vectors, a range of labels at a time; returns how many have no training text, and neither text.
+
+    ``own`` (L,) bool: labels with a text of their own; ``counts`` (rows,) bool: training texts that count, which those held out do not.
+    """
     width = np.load(work / tasks[0].name, mmap_mode="r", allow_pickle=False).shape[1]
     size = max(1, SUM_BYTES // (4 * width))
     untrained, random = 0, np.random.default_rng([config.run.seed, MISSING_STREAM])
@@ -192,9 +201,11 @@ def _sum_labels(config: Config, folder: Path, manifest: Manifest, work: Path, ta
         for start in range(0, manifest.labels, size):
             stop = min(start + size, manifest.labels)
             sums_RD = np.zeros((stop - start, width), np.float32)
-            for task in tasks:
-                if task.shard:
-                    _add_shard(sums_RD, np.load(work / task.name, mmap_mode="r", allow_pickle=False), folder / task.shard, start)
+            first = 0
+            for task in (task for task in tasks if task.shard):
+                x_nD = np.load(work / task.name, mmap_mode="r", allow_pickle=False)
+                _add_shard(sums_RD, x_nD, folder / task.shard, start, counts[first : first + task.texts])
+                first += task.texts
             untrained += int((~sums_RD.any(axis=1)).sum())
             _normalise(sums_RD)
             for task in tasks:
@@ -210,11 +221,12 @@ def _sum_labels(config: Config, folder: Path, manifest: Manifest, work: Path, ta
     return untrained, missing
 
 
-def _add_shard(sums_RD: np.ndarray, embeddings: np.ndarray, shard: Path, start: int) -> None:
-    """Adds the texts of a shard to the sums of labels ``start``, ``start`` + 1, ..."""
+def _add_shard(sums_RD: np.ndarray, embeddings: np.ndarray, shard: Path, start: int, counts: np.ndarray) -> None:
+    """Adds the texts of a shard that count to the sums of labels ``start``, ``start`` + 1, ..."""
     first = 0
     for _, labels in pieces(read_arrow(shard, SHARD_SCHEMA)):
         here = (labels.values >= start) & (labels.values < start + len(sums_RD))
+        here &= np.repeat(counts[first : first + len(labels)], labels.lengths())
         if here.any():
             offsets = np.concatenate([[0], np.cumsum(here)])[labels.offsets]
             x_nD = embeddings[first : first + len(labels)].astype(np.float32)

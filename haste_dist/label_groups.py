@@ -34,6 +34,7 @@ import torch
 from haste_dist.bisection import group_cohesion
 from haste_dist.config import Config
 from haste_dist.errors import DataError
+from haste_dist.held_out import dev_split
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, read_arrow, replacing, write_arrow
 from haste_dist.packing import pack
 from haste_dist.sharding import spread
@@ -170,7 +171,7 @@ def measure_closeness(
 def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> dict[str, Any]:
     """Writes labels.arrow and groups.json into the prepared ``folder``; returns what groups.json says, and "seconds".
 
-    Reads label_texts.arrow, and for semantic groups the training shards that ``manifest`` lists (never a test text).
+    Reads label_texts.arrow, and for semantic groups the training shards that ``manifest`` lists (never a test or dev text).
     Raises ConfigError where the embeddings cannot be made, DataError where a file is missing, damaged or cannot be written.
     """
     from haste_dist.label_embeddings import LabelEmbeddings, embed_labels, remove_work  # transformers and scipy: slow to import
@@ -259,6 +260,7 @@ def label_order_is_current(config: Config, folder: str | Path, manifest: Manifes
         page = json.loads((Path(folder) / GROUPS_FILE).read_text(encoding="utf-8"))
         if config.output.start == "centroids" and not (Path(folder) / VECTORS_FILE).is_file():
             return False
+        page = {"dev": None, **page}  # orders that do not say are of all training texts
         return page.items() >= order_settings(config, manifest).items() and load_label_order(folder).labels == manifest.labels
     except (OSError, ValueError, AttributeError, DataError):
         return False
@@ -341,6 +343,7 @@ def order_settings(config: Config, manifest: Manifest) -> dict[str, Any]:
         "group_size": config.output.group_size,
         "head_fraction": config.output.head_fraction,
         "seed": config.run.seed,
+        "dev": dev_split(config),
         **groups,
         "encoder": _encoder_identity(config) if config.groups.features == "encoder" else None,
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from haste_dist import augmentation
 from haste_dist.config import Config
+from haste_dist.held_out import dev_rows
 from haste_dist.manifest import Manifest, open_split
 from haste_dist.sharding import batch_share
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from haste_dist.ray_reader import RayBatches
 
 PREFETCHED = 4  # batches made ahead of the step
-ORDER_STREAM, DEV_STREAM = 0, 1  # keep the random streams of one seed apart
+ORDER_STREAM = 0  # keeps the random streams of one seed apart
 
 
 @dataclass
@@ -106,11 +107,10 @@ def open_texts(prepared: Path, manifest: Manifest, split: str, dev_fraction: flo
     table = open_split(prepared, manifest, "test" if split == "test" else "train")  # dev texts are stored with train
     if split == "test":
         return Texts(table)
-    shuffled = np.random.default_rng([seed, DEV_STREAM]).permutation(table.num_rows) if dev_fraction else np.arange(table.num_rows)
-    dev = round(dev_fraction * table.num_rows)
-    chosen = np.sort(shuffled[:dev] if split == "dev" else shuffled[dev:])
+    dev = dev_rows(table.num_rows, dev_fraction, seed)
+    chosen = dev if split == "dev" else np.delete(np.arange(table.num_rows), dev)
     if split == "train" and label_texts:
-        own = table.num_rows + augmentation.kept_rows(prepared, manifest, shuffled[:dev])
+        own = table.num_rows + augmentation.kept_rows(prepared, manifest, dev)
         table = pa.concat_tables([table, open_split(prepared, manifest, augmentation.SPLIT)])
         chosen = np.concatenate([chosen, np.repeat(own, label_texts)])
     return Texts(table, chosen)

@@ -175,12 +175,17 @@ def tfidf_embedder(idf: np.ndarray, seed: int) -> Embedder:
     return embed
 
 
-def inverse_document_frequency(train: pa.Table, vocabulary: int) -> np.ndarray:
-    """(V,) float32 log((1 + N) / (1 + N_t)): tokens of every text, such as the special ones, weigh nothing."""
-    frequency = np.zeros(vocabulary, np.int64)
+def inverse_document_frequency(train: pa.Table, vocabulary: int, counts: np.ndarray) -> np.ndarray:
+    """(V,) float32 log((1 + N) / (1 + N_t)): tokens of every text, such as the special ones, weigh nothing.
+
+    ``counts``: (rows,) bool, which of the texts are looked at.
+    """
+    frequency, first = np.zeros(vocabulary, np.int64), 0
     for texts, _ in pieces(train):
-        frequency += np.bincount(term_counts(texts, vocabulary).indices, minlength=vocabulary)
-    return np.log((1 + train.num_rows) / (1 + frequency)).astype(np.float32)
+        of_texts = term_counts(texts, vocabulary)[counts[first : first + len(texts)]]
+        frequency += np.bincount(of_texts.indices, minlength=vocabulary)
+        first += len(texts)
+    return np.log((1 + counts.sum()) / (1 + frequency)).astype(np.float32)
 
 
 def term_counts(texts: Ragged, vocabulary: int) -> sp.csr_matrix:

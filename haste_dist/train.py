@@ -23,6 +23,8 @@ from haste_dist.engine import EncoderEngine
 from haste_dist.errors import CheckpointError
 from haste_dist.evaluate import evaluate_texts
 from haste_dist.guards import Guard, LossSpikes, dead_groups
+from haste_dist.held_out import check_held_out
+from haste_dist.label_groups import GROUPS_FILE
 from haste_dist.loader import BatchMaker, open_texts, training_batches
 from haste_dist.meters import StepTimer, encoder_work, peak_memory, stage, tail_traffic
 from haste_dist.model import Prepared, check_features, make_classifier, make_encoder, open_prepared, prior_bias, save_run_files
@@ -95,6 +97,7 @@ def check_run(config: Config) -> Prepared:
     check_trackers(config)
     prepared = open_prepared(config)
     width = check_features(config, prepared.manifest)
+    check_held_out(config, prepared.folder / GROUPS_FILE)
     if config.data.label_texts:
         check_label_texts(prepared.folder, prepared.manifest)
     if config.output.start == "centroids":

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from haste_dist.config import Config, load_config
 from haste_dist.errors import ConfigError, DataError
+from haste_dist.held_out import dev_split, leaves_out_dev
 from haste_dist.label_groups import GROUPS_FILE, VECTORS_FILE, head_size, label_order_is_current, load_label_order
 from haste_dist.manifest import first_line, read_manifest, replacing
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
@@ -116,8 +117,10 @@ def trials_of(study: Study, out: Path, overrides: list[str]) -> list[Trial]:
 def with_label_order(config: Config, out: Path, seed: int) -> Config:
     """The config with a prepared folder whose label order is the one it asks for: the study's own if it will do, or one made under ``out``.
 
-    The order's random choices come from ``seed``, the study's first, so that seeds of a case share it. Texts are linked, not copied.
+    The order's random choices come from ``seed``, the study's first, so that seeds of a case share it; of a dev split, each seed holds
+    out texts of its own, which an order must not have seen, so each has an order of its own. Texts are linked, not copied.
     """
+    seed = config.run.seed if dev_split(config) else seed
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=config.run.folder))
     source = Path(os.path.abspath(config.data.prepared))
     manifest = read_manifest(source)
@@ -127,9 +130,10 @@ def with_label_order(config: Config, out: Path, seed: int) -> Config:
     page = json.loads((source / GROUPS_FILE).read_text(encoding="utf-8"))
     same = all(page.get(name) == value for name, value in dataclasses.asdict(config.groups).items() if name in page and name != "encoder")
     same &= config.output.start != "centroids" or (source / VECTORS_FILE).is_file()
+    same &= leaves_out_dev(page, config)
     if same and wanted == (order.group_size, order.head_rows):
         return dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(source)))
-    key = json.dumps([manifest.fingerprint, wanted, seed, dataclasses.asdict(config.groups)], sort_keys=True)
+    key = json.dumps([manifest.fingerprint, wanted, seed, dev_split(config), dataclasses.asdict(config.groups)], sort_keys=True)
     folder = out / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:12]
     if not label_order_is_current(asking, folder, manifest):
         from haste_dist.label_groups import make_label_order

@@ -106,7 +106,7 @@ def run_trial(args: Namespace, varied: list[Varied], trial: Trial, out: Path) ->
     words = [one.word(trial.settings[one.name]) for one in varied]
     try:
         config = load_config(args.config, [*args.overrides, *words, f"run.folder={folder}"])
-        if needs_prepare(varied):
+        if needs_prepare(varied, config.data.dev_fraction):
             config.data.prepared = str(folder / "prepared")
             from haste_dist.prepare import prepare
 

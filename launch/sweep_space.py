@@ -67,9 +67,12 @@ def combinations(varied: list[Varied]) -> int:
     return count
 
 
-def needs_prepare(varied: list[Varied]) -> bool:
-    """Whether a varied setting is one that the prepared folder depends on: then each trial prepares its own."""
-    return any(one.name.startswith(PREPARED_BY) for one in varied)
+def needs_prepare(varied: list[Varied], dev_fraction: float) -> bool:
+    """Whether a varied setting is one that the prepared folder depends on: then each trial prepares its own.
+
+    With a ``dev_fraction`` that is so of the seed, too: it draws the texts that label embeddings leave out.
+    """
+    return any(one.name.startswith(PREPARED_BY) or (dev_fraction > 0 and one.name == "run.seed") for one in varied)
 
 
 def add_sweep_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", config: str, overrides: str) -> None:

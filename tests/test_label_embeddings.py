@@ -23,8 +23,9 @@ from haste_dist import label_embeddings, text_embedders
 from haste_dist.config import Config
 from haste_dist.encoder import build_encoder, load_tokenizer
 from haste_dist.errors import CheckpointError, ConfigError
+from haste_dist.held_out import dev_rows
 from haste_dist.label_embeddings import LabelEmbeddings, add_label_sums, embed_labels
-from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, open_split, read_arrow, read_manifest, write_arrow
+from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, SHARD_SCHEMA, open_split, read_arrow, read_manifest, write_arrow
 from haste_dist.model import make_encoder
 from haste_dist.text_embedders import Ragged, encoder_source, inverse_document_frequency, projection, tfidf_embedder
 from haste_dist.train import train
@@ -82,9 +83,9 @@ def training_rows(config: Config) -> list[dict]:
     return open_split(folder, read_manifest(folder), "train").to_pylist()
 
 
-def by_definition(config: Config, embed_one, own_texts: list[str]) -> np.ndarray:
-    """Mean over a label's training texts, unit length, plus its own text's embedding, unit length; zero where there is neither."""
-    rows, tokenizer = training_rows(config), load_tokenizer(config.encoder)
+def by_definition(config: Config, embed_one, own_texts: list[str], but: np.ndarray | tuple[()] = ()) -> np.ndarray:
+    """Mean over a label's training texts (all ``but`` some), unit length, plus its own text's embedding, unit length; zero for neither."""
+    rows, tokenizer = [row for i, row in enumerate(training_rows(config)) if i not in but], load_tokenizer(config.encoder)
     result = []
     for label in range(LABELS):
         texts = [unit(embed_one(row["input_ids"])) for row in rows if label in row["labels"]]
@@ -112,9 +113,16 @@ def test_encoder_embeddings(config: Config) -> None:
     assert got.missing == (~known).sum() > 0
 
 
-def test_tfidf_embeddings(config: Config) -> None:
+@pytest.mark.parametrize("dev_fraction", [0.0, 0.4])
+def test_tfidf_embeddings(config: Config, dev_fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dev text counts neither for its labels nor for how rare a token is."""
     config.groups.features = "tfidf"
-    rows = training_rows(config)
+    monkeypatch.setattr(config.data, "dev_fraction", dev_fraction)
+    monkeypatch.setattr(config.run, "seed", 3)
+    monkeypatch.setattr(text_embedders, "PIECE", 11)
+    dev = dev_rows(60, dev_fraction, 3)
+    rows = [row for i, row in enumerate(training_rows(config)) if i not in dev]
+    assert len(rows) == round(60 * (1 - dev_fraction))
     document_frequency = np.bincount([token for row in rows for token in set(row["input_ids"])], minlength=WORDS + 2)
     project = projection(WORDS + 2, config.run.seed).toarray()
 
@@ -126,10 +134,38 @@ def test_tfidf_embeddings(config: Config) -> None:
 
     own = [f"w{i}" if i % 2 else "" for i in range(LABELS)]
     got = embed(config, own)
-    expected = by_definition(config, embed_one, own)
+    expected = by_definition(config, embed_one, own, dev)
     known = expected.any(axis=1)
     np.testing.assert_allclose(got.vectors[known], expected[known], atol=HALF)
     assert got.missing == (~known).sum() > 0
+
+
+@pytest.mark.parametrize("features", ["encoder", "tfidf"])
+def test_a_vector_does_not_depend_on_dev_texts(config: Config, features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above all not that of a label whose only text is one of them: it is as if the label had none."""
+    config.groups.features = features
+    monkeypatch.setattr(config.groups, "label_text", False)
+    whole = embed(config)
+    monkeypatch.setattr(config.data, "dev_fraction", 0.3)
+    dev, rows = dev_rows(60, 0.3, config.run.seed), training_rows(config)
+    elsewhere = {label for i, row in enumerate(rows) if i not in dev for label in row["labels"]}
+    only = sorted({label for i in dev for label in rows[i]["labels"]} - elsewhere)
+    assert only
+    before = embed(config)
+    assert (before.missing, before.untrained) == (whole.missing + len(only), whole.untrained + len(only))
+    shutil.copytree(config.data.prepared, tmp_path / "other")
+    first = 0
+    for shard in read_manifest(config.data.prepared).splits["train"].shards:
+        part = rows[first : first + shard.rows]
+        columns = {name: [row[name] for row in part] for name in SHARD_SCHEMA.names}
+        columns["input_ids"] = [[2, 3, 2] if first + i in dev else row["input_ids"] for i, row in enumerate(part)]
+        write_arrow(tmp_path / "other" / shard.file, pa.RecordBatch.from_pydict(columns, schema=SHARD_SCHEMA))
+        first += shard.rows
+    monkeypatch.setattr(config.data, "prepared", str(tmp_path / "other"))
+    after = embed(config)
+    np.testing.assert_allclose(after.vectors, before.vectors, atol=HALF)  # other texts stand in a batch: the last bit may change
+    assert np.array_equal(after.vectors[only], before.vectors[only])
+    assert abs(after.vectors - whole.vectors).max() > 0.1
 
 
 @pytest.mark.parametrize("features", ["encoder", "tfidf"])
@@ -151,7 +187,7 @@ def test_a_token_of_every_text_weighs_nothing(config: Config) -> None:
     table = pa.table(
         {"input_ids": pa.array([[1, 5], [1, 6], [1, 7]], pa.list_(pa.int32())), "labels": pa.array([[0]] * 3, pa.list_(pa.int32()))}
     )
-    embedder = tfidf_embedder(inverse_document_frequency(table, 8), 0)
+    embedder = tfidf_embedder(inverse_document_frequency(table, 8, np.ones(3, bool)), 0)
     without = Ragged(np.array([5, 6, 7], np.int32), np.array([0, 1, 2, 3]))
     np.testing.assert_array_equal(embedder(everywhere), embedder(without))
 

@@ -160,7 +160,15 @@ def test_a_killed_grouping_goes_on(prepared: Config, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "change",
-    ["output.group_size=32", "output.head_fraction=0.3", "groups.method=random", "run.seed=4", "groups.iterations=2", "groups.search=2048"],
+    [
+        "output.group_size=32",
+        "output.head_fraction=0.3",
+        "groups.method=random",
+        "run.seed=4",
+        "data.dev_fraction=0.1",
+        "groups.iterations=2",
+        "groups.search=2048",
+    ],
 )
 def test_other_settings_make_the_order_stale(tmp_path: Path, change: str) -> None:
     config = make_prepared(tmp_path)

@@ -20,6 +20,7 @@ from haste_dist.intervals import metrics_of_sums, over_seeds, paired_bootstrap
 from haste_dist.label_groups import load_label_order
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
 from haste_dist.runlog import read_events
+from haste_dist.train import check_run
 from haste_dist.trials import Trial, read_result, read_study_page, read_texts, trials_of, with_label_order
 from haste_dist.verify import check_data, seal_data
 from haste_launch import cli
@@ -133,6 +134,34 @@ def test_label_orders_are_made_once_and_shared(tmp_path: Path) -> None:
         != load_label_order(tmp_path / "data/prepared").fingerprint
     )
     assert load_label_order(config.data.prepared).groups > 0  # the source is as it was
+
+
+def test_of_a_dev_split_each_seed_has_an_order_of_its_own(tmp_path: Path) -> None:
+    """Where labels are embedded: no seed's order has seen what it holds out, and a run on another one's is refused."""
+    config = make_prepared(tmp_path / "data", overrides=["groups.method=semantic"])
+    seal_data(Path(config.data.prepared))
+    assert with_label_order(config, tmp_path, 0).data.prepared == config.data.prepared
+    config.data.dev_fraction = 0.2
+    with pytest.raises(ConfigError, match=r"leave out no text, this run holds out the dev texts of data.dev_fraction=0.2 run.seed=0"):
+        check_run(config)
+    made = {}
+    for config.run.seed in (0, 1):
+        made[config.run.seed] = with_label_order(config, tmp_path, 0).data.prepared
+        assert json.loads((Path(made[config.run.seed]) / "groups.json").read_text())["dev"] == {"fraction": 0.2, "seed": config.run.seed}
+    assert len({config.data.prepared, *made.values()}) == 3
+    for config.run.seed in (0, 1):
+        config.data.prepared = made[config.run.seed]
+        check_run(config)
+        config.data.prepared = made[1 - config.run.seed]
+        with pytest.raises(ConfigError, match=f"leave out .* run.seed={1 - config.run.seed}, this run .* run.seed={config.run.seed}; run"):
+            check_run(config)
+    config.data.dev_fraction = 0.0
+    with pytest.raises(ConfigError, match="this run holds out no text"):
+        check_run(config)
+    config.data.prepared = make_prepared(tmp_path / "by frequency").data.prepared  # no label was embedded: it has seen no text
+    config.groups.method, config.data.dev_fraction = "frequency", 0.2
+    check_run(config)
+    assert with_label_order(config, tmp_path, 0).data.prepared == config.data.prepared
 
 
 def test_a_study_from_its_page_to_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

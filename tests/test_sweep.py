@@ -25,9 +25,12 @@ def test_what_varies() -> None:
     assert (lr.word(0.12345678), size.word(32), grow.word("random")) == ("output.lr=0.123457", "output.fan_in=32", "rewire.grow=random")
     assert combinations([grow, Varied("train.epochs", words=("1", "2", "3"))]) == 6
     assert combinations([grow, lr]) == 0
-    assert not needs_prepare([lr, grow])
-    assert needs_prepare(read_varied(["groups.method=random,semantic"]))
-    assert needs_prepare(read_varied(["output.group_size=16,32"]))
+    assert not needs_prepare([lr, grow], 0.1)
+    assert needs_prepare(read_varied(["groups.method=random,semantic"]), 0.0)
+    assert needs_prepare(read_varied(["output.group_size=16,32"]), 0.0)
+    seeds = read_varied(["run.seed=1,2"])
+    assert not needs_prepare(seeds, 0.0)
+    assert needs_prepare(seeds, 0.1)  # each holds out texts of its own
 
 
 @pytest.mark.parametrize(
