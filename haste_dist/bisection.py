@@ -98,13 +98,27 @@ def group_cohesion(vectors_nD: Tensor, order_n: Tensor, group_size: int, device:
 
 
 def take(vectors_nD: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    """Some of the vectors on ``device``, rounded to the grid; they may lie elsewhere, in a mapped file for instance."""
-    return on_grid(_take(vectors_nD, rows, device), device)
+    """Some of the vectors on ``device``, rounded to the grid; they may lie elsewhere, in a mapped file or on another GPU for instance.
+
+    Besides the result, BLOCK_BYTES at a time are made where they lie and on ``device``.
+    """
+    width = vectors_nD.shape[1]
+    taken = torch.empty(len(rows), width, dtype=stored(device), device=device)
+    at_a_time = max(1, BLOCK_BYTES // (4 * width))
+    for begin in range(0, len(rows), at_a_time):
+        part = rows[begin : begin + at_a_time]
+        taken[begin : begin + len(part)] = on_grid(_take(vectors_nD, part, device), device)
+    return taken
 
 
 def on_grid(x: Tensor, device: torch.device) -> Tensor:
-    """Rounded to multiples of 2^-11; float16 on a GPU, float32 on a CPU, which multiplies in that."""
-    return x.to(torch.float32, copy=True).mul_(GRID).round_().div_(GRID).to(torch.float16 if device.type == "cuda" else torch.float32)
+    """Rounded to multiples of 2^-11."""
+    return x.to(torch.float32, copy=True).mul_(GRID).round_().div_(GRID).to(stored(device))
+
+
+def stored(device: torch.device) -> torch.dtype:
+    """What vectors are kept in: float16 on a GPU, float32 on a CPU, which multiplies in that."""
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def unit(x: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def _place(vectors: Tensor, old: LabelOrder, labels: int, seed: int, device: tor
         filling, new = new[near[:free]], new[near[free:]].sort().values
     else:
         filling = new[:0]
-    order = pack(vectors, new, old.group_size, seed=seed, device=device) if len(new) else new
+    order = pack(vectors, new, old.group_size, seed=seed, devices=[device]) if len(new) else new
     return torch.cat([filling, order]).numpy()
 
 

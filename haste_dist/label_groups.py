@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from haste_dist.held_out import dev_split
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, read_arrow, replacing, write_arrow
 from haste_dist.packing import pack
 from haste_dist.sharding import spread
-from haste_dist.world import choose_device
+from haste_dist.world import all_devices
 
 SCHEMA_VERSION = 1
 LABELS_FILE, GROUPS_FILE = "labels.arrow", "groups.json"
@@ -115,11 +115,11 @@ def order_labels(
     iterations: int = 8,
     search: int = 2**20,
     seed: int = 0,
-    device: torch.device | None = None,
+    devices: Sequence[torch.device] = (),
     earlier: np.ndarray | None = None,
     work: Path | None = None,
 ) -> tuple[LabelOrder, pa.RecordBatch | None]:
-    """The order of L labels from their (L,) int64 training frequencies; a pure function of its arguments but ``device`` and ``work``.
+    """The order of L labels from their (L,) int64 training frequencies; a pure function of its arguments but ``devices`` and ``work``.
 
     ``embed()`` gives (L, D) float16 or float32 label embeddings of length 1; it is called only where groups of several labels are to be
     semantic. ``earlier`` (K, G): groups of labels that stay together if they are all in the tail, -1 for a label that is no more.
@@ -134,7 +134,8 @@ def order_labels(
         tail = np.random.default_rng([seed, RANDOM_STREAM]).permutation(tail)
     elif method == "semantic" and group_size > 1 and len(tail):
         vectors = torch.from_numpy(embed())
-        device = device or vectors.device
+        devices = list(devices) or [vectors.device]
+        device = devices[0]
         if device.type == "cuda" and vectors.nbytes < torch.cuda.mem_get_info(device)[0] // 3:  # else blocks go there as they are needed
             vectors = vectors.to(device)
         baseline = torch.from_numpy(np.random.default_rng([seed, BASELINE_STREAM]).permutation(tail))
@@ -149,7 +150,7 @@ def order_labels(
             search=search,
             iterations=iterations,
             seed=seed,
-            device=device,
+            devices=devices,
             kept=torch.from_numpy(kept),
             folder=work,
         )
@@ -179,7 +180,7 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
     began = time.perf_counter()
     folder = Path(folder)
     table = read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)
-    device = choose_device(config.launch.device)
+    devices = all_devices(config.launch.device)
     settings = order_settings(config, manifest)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     work = folder / WORK / key
@@ -190,7 +191,7 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
     def embed() -> np.ndarray:
         nonlocal made, embed_seconds
         started = time.perf_counter()
-        made = embed_labels(config, folder, manifest, device, work)
+        made = embed_labels(config, folder, manifest, devices[0], work)
         embed_seconds = time.perf_counter() - started
         return made.vectors
 
@@ -203,7 +204,7 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
         iterations=config.groups.iterations,
         search=config.groups.search,
         seed=config.run.seed,
-        device=device,
+        devices=devices,
         earlier=earlier_groups(config.groups.start, table["uid"]) if config.groups.start else None,
         work=work,
     )

@@ -3,23 +3,27 @@
 A group is a seed and the G - 1 nearest vectors that no group has yet. Searching for one seed after the other is bound by memory;
 here a round searches for up to SEEDS of them in one matrix product. A vector that several seeds want goes to the nearest of
 them, and a seed that is left with fewer than G waits. A set larger than ``search`` is first cut into halves of whole groups,
-so that work grows with n * search, not n * n; a cut costs closeness, for neighbours across it cannot meet.
+so that work grows with n * search, not n * n; a cut costs closeness, for neighbours across it cannot meet. The halves, and the parts
+that are left in the end, have nothing to do with each other: each goes to a device that is free, one at a time to each.
 
 At last the groups are put in an order in which neighbouring ones are close, for the kernels: close groups come to read
-the same features. The result is the same for any number of threads and on any device: similarities are exact (see
+the same features. The result is the same for any number of threads and on any devices: similarities are exact (see
 ``bisection``), and equal ones go to the lower position. A finished part is kept on disk, so a killed run goes on from there.
 
 Letters: n vectors, D width, G group size, T groups, m of a part not packed yet, S seeds of a round, C candidates of a seed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from haste_dist.bisection import BLOCK_BYTES, halve, matmul, on_grid, seriate, take, unit
+from haste_dist.bisection import BLOCK_BYTES, halve, matmul, on_grid, seriate, stored, take, unit
 from haste_dist.manifest import replacing
 
 SEEDS = 512  # most seeds of a round: its similarities take SEEDS * m * 4 bytes
@@ -28,6 +32,8 @@ BLOCK = 32  # similarities are searched by the maxima of this many at a time
 COMPACT = 0.75  # vectors that are still free are copied together once fewer than this share are
 TAKEN = 4.0  # is taken off the similarity of vectors that have a group: they come behind all others
 EXACT = 2.0**22  # similarities are multiples of its inverse
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def pack(
@@ -38,7 +44,7 @@ def pack(
     search: int = 2**20,
     iterations: int = 8,
     seed: int = 0,
-    device: torch.device | None = None,
+    devices: Sequence[torch.device] = (),
     kept: Tensor | None = None,
     folder: Path | None = None,
     done: Callable[[int], None] = lambda count: None,
@@ -48,34 +54,66 @@ def pack(
     Vectors have length 1, are float16 or float32, and lie anywhere: in a mapped file, too. Only the last group can have fewer than G
     rows. ``kept`` (K, G) int64: groups of other rows that stay as they are, and are put among the new ones. ``folder``: where finished
     parts are kept, for these arguments alone; the caller removes it. ``done(k)`` is called as k more rows are packed. Computes on
-    ``device`` (default: where the vectors lie). Raises DataError where a finished part cannot be written.
+    ``devices`` (default: where the vectors lie), on the first what is not in parts. Raises DataError where a part cannot be written.
     """
-    device = device or vectors_nD.device
+    devices = list(devices) or [vectors_nD.device]
     groups = [torch.zeros(0, group_size, dtype=torch.int64) if kept is None else kept]
     last = rows[:0]
-    for number, part in enumerate(_parts(vectors_nD, rows.sort().values, group_size, search, iterations, seed, device)):
+    parts = _parts(vectors_nD, rows.sort().values, group_size, search, iterations, seed, devices)
+
+    def packed(item: tuple[int, Tensor], device: torch.device) -> Tensor:
+        number, part = item
         order = _finished(folder, number, part)
         if order is None:
             order = _pack_part(vectors_nD, part, group_size, seed + number, device)
             _keep(folder, number, order)
+        return order
+
+    for order in on_devices(packed, list(enumerate(parts)), devices):
         whole = len(order) // group_size * group_size
         groups.append(order[:whole].view(-1, group_size))
         last = torch.cat([last, order[whole:]])  # of the last part alone: all others are whole groups
-        done(len(part))
+        done(len(order))
     groups_TG = torch.cat(groups)
-    by_closeness = seriate(_centroids(vectors_nD, groups_TG, device), iterations=iterations, seed=seed).cpu()
+    by_closeness = seriate(_centroids(vectors_nD, groups_TG, devices[0]), iterations=iterations, seed=seed).cpu()
     return torch.cat([groups_TG[by_closeness].flatten(), last])
 
 
+def on_devices(work: Callable[[Item, torch.device], Result], items: Sequence[Item], devices: Sequence[torch.device]) -> Iterator[Result]:
+    """``work(item, device)`` of all items, in their order: a thread a device, each with one item at a time, whichever comes next."""
+    if len(devices) == 1:
+        yield from (work(item, devices[0]) for item in items)
+        return
+    free: SimpleQueue[torch.device] = SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def on_a_free_one(item: Item) -> Result:
+        device = free.get()
+        try:
+            return work(item, device)
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(len(devices), thread_name_prefix="grouping") as pool:
+        yield from pool.map(on_a_free_one, items)
+
+
 def _parts(
-    vectors_nD: Tensor, rows: Tensor, group_size: int, search: int, iterations: int, seed: int, device: torch.device
+    vectors_nD: Tensor, rows: Tensor, group_size: int, search: int, iterations: int, seed: int, devices: Sequence[torch.device]
 ) -> list[Tensor]:
     """``rows`` (ascending) in halves of halves of whole groups, ``search`` rows or one group at most; the last may end in part of one."""
-    groups = -(-len(rows) // group_size)
-    if len(rows) <= search or groups < 2:
-        return [rows]
-    left, right = halve(vectors_nD, rows, -(-groups // 2) * group_size, iterations=iterations, seed=seed, device=device)
-    return [part for half in (left, right) for part in _parts(vectors_nD, half, group_size, search, iterations, seed, device)]
+    most, parts = max(search, group_size), [rows]
+
+    def cut(part: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+        if len(part) <= most:
+            return (part,)
+        left = -(-len(part) // (2 * group_size)) * group_size
+        return halve(vectors_nD, part, left, iterations=iterations, seed=seed, device=device)
+
+    while max(map(len, parts)) > most:
+        parts = [half for halves in on_devices(cut, parts, devices) for half in halves]
+    return parts
 
 
 def _pack_part(vectors_nD: Tensor, rows: Tensor, group_size: int, seed: int, device: torch.device) -> Tensor:
@@ -140,8 +178,7 @@ def _centroids(vectors_nD: Tensor, groups_TG: Tensor, device: torch.device) -> T
     """(T, D) of length 1; float16 on a GPU."""
     groups, group_size = groups_TG.shape
     width = vectors_nD.shape[1]
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    made_TD = torch.empty(groups, width, dtype=dtype, device=device)
+    made_TD = torch.empty(groups, width, dtype=stored(device), device=device)
     at_a_time = max(1, BLOCK_BYTES // (4 * group_size * width))
     for begin in range(0, groups, at_a_time):
         part = groups_TG[begin : begin + at_a_time]

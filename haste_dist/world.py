@@ -31,6 +31,12 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
+def all_devices(wanted: str) -> list[torch.device]:
+    """As ``choose_device``, but all GPUs that this process sees; one CPU. Raises ConfigError where there is no GPU to be had."""
+    first = choose_device(wanted)
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if first.type == "cuda" else [first]
+
+
 def join_world(device: str | torch.device = "auto", timeout: float = 600.0) -> World:
     """Joins the process group that the launcher prepared (or makes one of a single rank) on the device given or chosen.
 

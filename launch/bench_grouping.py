@@ -24,7 +24,7 @@ from haste_dist.bisection import cohesion
 from haste_dist.errors import ConfigError
 from haste_dist.packing import pack
 from haste_dist.records import FOLDER, append_record
-from haste_dist.world import choose_device
+from haste_dist.world import all_devices
 
 CHUNK = 2**18  # vectors made at once
 CLUSTER = 100  # labels of a cluster on average, and clusters of a cluster
@@ -34,18 +34,19 @@ REPORT_SECONDS = 2.0  # between progress lines where there is no terminal
 
 def bench_grouping(args: Namespace) -> int:
     """Groups, checks, prints and records. Raises ConfigError for a file that cannot be used."""
-    device = choose_device("auto")
-    cuda = device.type == "cuda"
+    devices = all_devices("auto")
+    device, cuda = devices[0], devices[0].type == "cuda"
     vectors_LD = read_vectors(args.vectors).to(device) if args.vectors else made_up(args.labels, args.width, device)
     labels, width = vectors_LD.shape
     if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        for one in devices:
+            torch.cuda.synchronize(one)
+            torch.cuda.reset_peak_memory_stats(one)
     began = time.perf_counter()
     with _progress(labels) as done:
-        order = pack(vectors_LD, torch.arange(labels), args.group, search=args.search, device=device, done=done)
+        order = pack(vectors_LD, torch.arange(labels), args.group, search=args.search, devices=devices, done=done)
     seconds = time.perf_counter() - began  # the order is on the CPU, so the device has finished
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = max(map(torch.cuda.max_memory_allocated, devices)) if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if not torch.equal(order.sort().values, torch.arange(labels)):
         print("wrong: the groups are no partition of the labels")
         return WRONG
@@ -59,14 +60,15 @@ def bench_grouping(args: Namespace) -> int:
         "vectors": Path(args.vectors).stem if args.vectors else "made up",
         "threads": torch.get_num_threads(),
     }
-    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    where = f"{len(devices)} x {torch.cuda.get_device_name()}" if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{where}: {labels:,} labels, width {width}, groups of {args.group}: {seconds:.2f} s, peak {figures['peak_gib']:.2f} GiB, "
+        f"{where}: {labels:,} labels, width {width}, groups of {args.group}: {seconds:.2f} s, "
+        f"peak {figures['peak_gib']:.2f} GiB{' a GPU' if cuda else ''}, "
         f"cohesion {figures['cohesion']:.4f} (random groups {figures['cohesion_random']:.4f})"
     )
     folder = Path(args.records) if args.records else FOLDER if cuda else None
     if folder and args.records != "none":
-        append_record("grouping", "haste_dist", {"L": labels, "D": width, "G": args.group}, figures, folder, gpus=int(cuda))
+        append_record("grouping", "haste_dist", {"L": labels, "D": width, "G": args.group}, figures, folder, gpus=len(devices) * cuda)
     return 0
 
 

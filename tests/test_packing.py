@@ -1,5 +1,6 @@
 """Packing and seriation: a partition, pure in seed and data, that finds groups which are there."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from haste_dist import bisection, packing
 from haste_dist.bisection import cohesion, halve, on_grid, seriate
+from haste_dist.errors import DataError
 from haste_dist.packing import nearest, pack
 
 CPU = torch.device("cpu")
@@ -132,6 +134,50 @@ def test_a_killed_packing_keeps_its_finished_parts(tmp_path: Path, monkeypatch: 
     assert len(counted) == 4
     assert len(calls) == 3 + 2  # of four parts, two were kept
     assert sum(counted) == 700
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_any_number_of_devices_gives_the_same_order(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves and parts are worked on at the same time, one a device; what is finished when one dies is kept."""
+    x = unit_vectors(1900)[torch.arange(1900) % 1850]
+    search, stay = 1900 // 13, torch.arange(64).view(4, 16)
+    wanted = pack(x, torch.arange(64, 1900), 16, search=search, kept=stay)
+    real, lock = packing._pack_part, threading.Lock()
+    together, most, calls, dies = threading.Barrier(count, timeout=20), 0, 0, 10
+    working = 0
+
+    def watched(*args: object) -> torch.Tensor:
+        nonlocal calls, working, most
+        with lock:
+            calls, working = calls + 1, working + 1
+            mine, most = calls, max(most, working)
+        if mine <= count:
+            together.wait()  # of one device alone, nobody else would come
+        try:
+            if mine == dies:
+                raise DataError("out of luck")
+            return real(*args)  # type: ignore[arg-type]
+        finally:
+            with lock:
+                working -= 1
+
+    def grouped() -> torch.Tensor:
+        told: list[int] = []
+        order = pack(x, torch.arange(64, 1900), 16, search=search, kept=stay, devices=[CPU] * count, folder=tmp_path, done=told.append)
+        assert sum(told) == 1900 - 64
+        return order
+
+    monkeypatch.setattr(packing, "_pack_part", watched)
+    with pytest.raises(DataError, match="out of luck"):
+        grouped()
+    assert most == count
+    finished = len(list(tmp_path.glob("part-*.npy")))
+    assert dies - 1 <= finished == calls - 1 < 16
+    calls, dies = count, 0
+    assert torch.equal(grouped(), wanted)
+    assert calls - count == 16 - finished
+    monkeypatch.undo()
+    assert torch.equal(pack(x, torch.arange(64, 1900), 16, search=search, kept=stay, devices=[CPU] * count), wanted)
 
 
 def test_float16_in_a_mapped_file_gives_the_same_groups(tmp_path: Path) -> None:
