@@ -69,7 +69,8 @@ def greedy(vectors_LD: np.ndarray, group_size: int, seed: int = 0) -> np.ndarray
     index = faiss.IndexHNSWFlat(vectors_LD.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction, index.hnsw.efSearch = 200, SEARCHED
     index.add(vectors_LD)
-    rng, free, order = np.random.default_rng(seed), np.ones(len(vectors_LD), bool), []
+    rng, free = np.random.default_rng(seed), np.ones(len(vectors_LD), bool)
+    order: list[int] = []
     fill = rng.permutation(len(vectors_LD))  # where random ones are taken from, in turn
     place = 0
     for label in rng.permutation(len(vectors_LD)):

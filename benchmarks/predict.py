@@ -25,7 +25,7 @@ from haste_dist import export
 from haste_dist.classifier import Classifier
 from haste_dist.config import Config, load_config, save_config
 from haste_dist.encoder import build_encoder, load_tokenizer
-from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, _write_order, order_labels
+from haste_dist.label_groups import SCHEMA_VERSION, order_labels, write_order
 from haste_dist.model import ENCODER_FOLDER
 from haste_dist.predictor import ModelFiles
 from haste_dist.records import append_record
@@ -97,9 +97,8 @@ def make_model(out: Path, config: Config, labels: int) -> None:
         group_size=settings.group_size,
         method="random",
     )
-    _write_order(out / LABELS_FILE, order, pa.chunked_array([pa.array(np.arange(labels)).cast(pa.string())]))
-    page = {"schema_version": 1, "head_rows": order.head_rows, "groups": order.groups, "group_size": order.group_size, "labels": labels}
-    (out / GROUPS_FILE).write_text(json.dumps({**page, "fingerprint": order.fingerprint}))
+    texts = pa.chunked_array([pa.array(np.arange(labels)).cast(pa.string())])
+    write_order(out, order, texts, None, {"schema_version": SCHEMA_VERSION, "group_size": order.group_size})
     shard = label_shard(order.head_rows, order.groups, order.group_size, labels, 1, 0)
     layer = Classifier(settings, shard, encoder.width, 0, choose_device("auto"))
     tensors = {name: tensor.cpu() for name, (tensor, _) in layer.tensors().items()}

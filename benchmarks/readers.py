@@ -42,7 +42,7 @@ def main() -> None:
                 config = load_config(words.config, [*overrides, f"data.reader={reader}", f"run.seed={seed}", f"run.folder={folder}"])
                 train(config, world)
                 figures = read_run(folder, config)
-                found[reader].append(figures["p_at_1"])
+                found[reader].append(float(figures["p_at_1"]))
                 record = append_record("readers", reader, {"N": config.train.batch_size}, {**figures, "seed": seed}, words.records)
                 print(json.dumps(record), flush=True)
     leave_world()

@@ -66,7 +66,7 @@ def main() -> None:
             raise SystemExit(f"the service did not start: {line}")
         print(f"{line.strip()} after {time.perf_counter() - started:.1f} s", flush=True)
         labels = asyncio.run(about(port))["labels"]
-        asyncio.run(load(port, token, texts, 4, 3.0, args.per_request))  # warm
+        asyncio.run(load(port, token, texts, 4, min(3.0, args.seconds), args.per_request))  # warm
         for clients in map(int, args.clients.split(",")):
             figures = asyncio.run(load(port, token, texts, clients, args.seconds, args.per_request))
             tell(figures, labels, args.records, "load")

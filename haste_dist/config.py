@@ -287,10 +287,6 @@ def check(config: Config) -> None:
         raise ConfigError("output.start=centroids: label embeddings must be the encoder's; set groups.features=encoder, groups.encoder=")
     if config.output.start == "centroids" and config.encoder.project:
         raise ConfigError("output.start=centroids: label embeddings are not projected; set encoder.project=0 or output.start=random")
-    if config.groups.start and config.data.dev_fraction:
-        raise ConfigError(
-            f"groups.start={config.groups.start}: groups of earlier data may have seen the dev texts; set data.dev_fraction=0 or no start"
-        )
     if config.output.tail_features:
         check_fan_in(config.output.fan_in, config.output.tail_features[1] - config.output.tail_features[0])
 

@@ -24,7 +24,14 @@ def dev_rows(rows: int, dev_fraction: float, seed: int) -> np.ndarray:
 
 
 def dev_split(config: Config) -> dict[str, Any] | None:
-    """What the dev split of these data depends on; None where no text is held out."""
+    """What the dev split of these data depends on; None where no text is held out.
+
+    Raises ConfigError with ``groups.start``: which texts the earlier groups were made of cannot be told.
+    """
+    if config.data.dev_fraction and config.groups.start:
+        raise ConfigError(
+            f"groups.start={config.groups.start}: groups of earlier data may have seen the dev texts; set data.dev_fraction=0 or no start"
+        )
     return {"fraction": config.data.dev_fraction, "seed": config.run.seed} if config.data.dev_fraction else None
 
 

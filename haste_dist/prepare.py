@@ -26,6 +26,7 @@ from haste_dist.blocks import make_parts
 from haste_dist.config import Config
 from haste_dist.duplicates import UidLedger
 from haste_dist.errors import ConfigError, DataError
+from haste_dist.held_out import dev_split
 from haste_dist.manifest import (
     LABEL_TEXTS,
     MANIFEST,
@@ -106,6 +107,7 @@ def prepare(config: Config, order: Callable[[Config, Path, Manifest], None] | No
 
 def _check_settings(config: Config) -> None:
     data = config.data
+    dev_split(config)  # what the label order would refuse, before anything is written
     if not data.prepared:
         raise ConfigError("data.prepared is empty; set it to the folder that the prepared data shall go to")
     if detect_format(whole_address(data.prepared)):  # its labels.arrow, for one, would be replaced

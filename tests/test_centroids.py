@@ -15,6 +15,7 @@ from haste_dist.errors import ConfigError, DataError
 from haste_dist.label_embeddings import LabelEmbeddings
 from haste_dist.label_groups import VECTORS_FILE, label_order_is_current, make_label_order
 from haste_dist.model import make_classifier, open_prepared
+from haste_dist.prepare import prepare
 from haste_dist.train import check_run, train
 from haste_dist.verify import seal_data
 from haste_dist.world import World, join_world
@@ -112,7 +113,7 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"set groups.features=encoder, groups.encoder="):
         load_config(None, ["output.start=centroids", "groups.features=tfidf"])
     with pytest.raises(ConfigError, match=r"groups of earlier data may have seen the dev texts"):
-        load_config(None, ["groups.start=earlier", "data.dev_fraction=0.1"])
+        prepare(load_config(None, ["groups.start=earlier", "data.dev_fraction=0.1"]))
     config, vectors = with_vectors(tmp_path)
     check_run(config)
     np.save(Path(config.data.prepared) / VECTORS_FILE, vectors[:, :30], allow_pickle=False)
