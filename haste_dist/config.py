@@ -89,7 +89,9 @@ class EncoderConfig:
     width: int = setting(256, "embedding width of a scratch encoder", low=16, high=8192)
     heads: int = setting(4, "attention heads of a scratch encoder", low=1, high=128)
     pooling: str = setting("mean", "how token vectors become one embedding", choices=("mean", "cls"))
-    project: int = setting(0, "width of a trained linear layer behind pooling, which the output layer then reads (0: none)", low=0, high=8192)
+    project: int = setting(
+        0, "width of a trained linear layer behind pooling, which the output layer then reads (0: none)", low=0, high=8192
+    )
     normalize: bool = setting(False, "scale embeddings to length 1")
     dropout: float = setting(-1.0, "dropout inside the encoder (-1: as its own config says)", low=-1.0, high=0.95)
     frozen: bool = setting(False, "train the output layer only")

@@ -106,14 +106,22 @@ def open_texts(prepared: Path, manifest: Manifest, split: str, dev_fraction: flo
     table = open_split(prepared, manifest, "test" if split == "test" else "train")  # dev texts are stored with train
     if split == "test":
         return Texts(table)
-    shuffled = np.random.default_rng([seed, DEV_STREAM]).permutation(table.num_rows) if dev_fraction else np.arange(table.num_rows)
-    dev = round(dev_fraction * table.num_rows)
-    chosen = np.sort(shuffled[:dev] if split == "dev" else shuffled[dev:])
+    kept, dev = dev_rows(table.num_rows, dev_fraction, seed)
+    chosen = dev if split == "dev" else kept
     if split == "train" and label_texts:
-        own = table.num_rows + augmentation.kept_rows(prepared, manifest, shuffled[:dev])
+        own = table.num_rows + augmentation.kept_rows(prepared, manifest, dev)
         table = pa.concat_tables([table, open_split(prepared, manifest, augmentation.SPLIT)])
         chosen = np.concatenate([chosen, np.repeat(own, label_texts)])
     return Texts(table, chosen)
+
+
+def dev_rows(rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of so many training texts those to train on, and those held out: both ascending. Pure."""
+    if not fraction:
+        return np.arange(rows), np.arange(0)
+    shuffled = np.random.default_rng([seed, DEV_STREAM]).permutation(rows)
+    dev = round(fraction * rows)
+    return np.sort(shuffled[dev:]), np.sort(shuffled[:dev])
 
 
 def epoch_order(lengths: np.ndarray, batch_size: int, buckets: int, seed: int, epoch: int) -> list[np.ndarray]:
