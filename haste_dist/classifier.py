@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from haste_dist.config import OutputConfig, check_fan_in
+from haste_dist.config import EncoderConfig, OutputConfig, check_fan_in
 from haste_dist.errors import ConfigError
 from haste_dist.meters import stage
 from haste_dist.sharding import LabelShard
@@ -160,6 +160,11 @@ class Classifier:
 
     def _accumulate(self, dx_ND: Tensor, dx: Tensor, mask: Tensor | None, part: Slice) -> None:
         dx_ND[:, part.start : part.stop] += dx if mask is None else dx * mask
+
+
+def embedding_width(encoder: EncoderConfig, hidden: int) -> int:
+    """D, what the output layer can read, of an encoder whose token model is ``hidden`` wide."""
+    return encoder.project or hidden
 
 
 def feature_slice(span: list[int], width: int) -> Slice:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from haste_dist.errors import ConfigError
-from haste_dist.setting import setting
+from haste_dist.setting import range_text, setting
 from haste_dist.use_config import PredictConfig, ServeConfig
 
 GROUP_SIZES = (1, 16, 32, 64, 128)
@@ -319,11 +319,6 @@ def check_fan_in(fan_in: int, width: int) -> None:
         raise ConfigError(f"output.fan_in={fan_in} is larger than the {width} features that the tail reads; lower it to {width} or less")
 
 
-def embedding_width(encoder: EncoderConfig, hidden: int) -> int:
-    """D, what the output layer can read, of an encoder whose token model is ``hidden`` wide."""
-    return encoder.project or hidden
-
-
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved page as YAML that ``load_config`` reads back."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
@@ -336,7 +331,7 @@ def describe(config: Config) -> str:
         lines.append(f"{part.name}:")
         section = getattr(config, part.name)
         for f in dataclasses.fields(section):
-            lines.append(f"  {_inline(f.name, getattr(section, f.name)):<34} # {f.metadata['doc']}{_range_text(f.metadata)}")
+            lines.append(f"  {_inline(f.name, getattr(section, f.name)):<34} # {f.metadata['doc']}{range_text(f.metadata)}")
     return "\n".join(lines) + "\n"
 
 
@@ -345,15 +340,6 @@ def _inline(name: str, value: Any) -> str:
     if isinstance(value, list):
         return f"{name}: {value}"
     return re.sub(r"\n *", " ", OmegaConf.to_yaml(OmegaConf.create({name: value})).rstrip("\n"))  # long strings come folded
-
-
-def _range_text(meta: Any) -> str:
-    if meta.get("choices"):
-        return f" [{' | '.join(map(str, meta['choices']))}]"
-    low, high = meta.get("low"), meta.get("high")
-    if low is None and high is None:
-        return ""
-    return f" [{'' if low is None else low} .. {'' if high is None else high}]"
 
 
 def _check_ranges(part: str, section: Any) -> None:
@@ -365,7 +351,7 @@ def _check_ranges(part: str, section: Any) -> None:
             raise ConfigError(f"{part}.{f.name}={value}: must be a finite number")
         outside = (meta.get("low") is not None and value < meta["low"]) or (meta.get("high") is not None and value > meta["high"])
         if outside or (meta.get("choices") and value not in meta["choices"]):
-            raise ConfigError(f"{part}.{f.name}={value}: must be in{_range_text(meta)} ({meta['doc']})")
+            raise ConfigError(f"{part}.{f.name}={value}: must be in{range_text(meta)} ({meta['doc']})")
 
 
 def _check_names(layer: DictConfig | ListConfig, schema: Any, where: str, prefix: str = "") -> None:

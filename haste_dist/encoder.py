@@ -43,8 +43,8 @@ WHOLE_MASK = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "elec
 class Encoder(nn.Module):
     """A token model, its pooling, and a linear layer behind it where ``project`` is above 0.
 
-    ``forward(input_ids (B, S) int64, attention_mask (B, S))`` gives (B, D) in the model's dtype; ``width`` is D: ``project``, or the model's
-    own. Where a mask would hide nothing it may be None: attention is faster without.
+    ``forward(input_ids (B, S) int64, attention_mask (B, S))`` gives (B, D) in the model's dtype; ``width`` is D: ``project``, or
+    the model's own. Where a mask would hide nothing it may be None: attention is faster without.
     """
 
     def __init__(self, model: nn.Module, pooling: str = "mean", normalize: bool = False, cudnn: bool = False, project: int = 0):

@@ -220,5 +220,6 @@ arXiv 2606.01117). Trained for {step:,} steps.
     python predict.py "a text"
 
 The second needs torch, transformers, safetensors and pyarrow only. `model.json` and `output.safetensors` are the output layer,
-`encoder/` is a Hugging Face model{projected}, `labels.arrow` says which label a row is. `haste verify .` holds all against `checksums.json`.
+`encoder/` is a Hugging Face model{projected}, `labels.arrow` says which label a row is.
+`haste verify .` holds all against `checksums.json`.
 """

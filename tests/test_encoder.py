@@ -139,8 +139,8 @@ def test_a_projection_that_cannot_be_is_told() -> None:
     for word, says in (("encoder.frozen=true", "would leave it as it was drawn"), ("output.start=centroids", "are not projected")):
         with pytest.raises(ConfigError, match=says):
             load_config(None, ["encoder.project=16", word])
+    config = load_config(None, ["encoder.project=16", "encoder.tokenizer=x"])
     with pytest.raises(ConfigError, match=r"output.fan_in=64 is larger than the 16 features"):
-        config = load_config(None, ["encoder.project=16", "encoder.tokenizer=x"])
         check_features(config, Manifest({}, 5, 16, TokenizerRecord("x", "", 0, 100), {}))
 
 

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import FULL, make_prepared
 
-from haste_dist.classifier import feature_slice
-from haste_dist.config import check_fan_in, embedding_width, save_config
+from haste_dist.classifier import embedding_width, feature_slice
+from haste_dist.config import check_fan_in, save_config
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.intervals import Interval, mean_of, metrics_of_sums, over_seeds, paired_bootstrap, resample
 from haste_dist.label_groups import load_label_order
