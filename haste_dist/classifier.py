@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from haste_dist.config import OutputConfig, check_fan_in
+from haste_dist.config import EncoderConfig, OutputConfig, check_fan_in
 from haste_dist.errors import ConfigError
 from haste_dist.meters import stage
 from haste_dist.sharding import LabelShard
@@ -165,6 +165,11 @@ def stored_dtypes(config: OutputConfig, cuda: bool) -> tuple[torch.dtype, torch.
     weight = config.weight_dtype if config.weight_dtype != "auto" else "bfloat16" if cuda else "float32"
     beside = "bfloat16" if weight == "float8" else weight
     return STORED[weight], STORED[beside if config.momentum_dtype == "auto" else config.momentum_dtype]
+
+
+def embedding_width(encoder: EncoderConfig, hidden: int) -> int:
+    """D, what the output layer can read, of an encoder whose token model is ``hidden`` wide."""
+    return encoder.project or hidden
 
 
 def feature_slice(span: list[int], width: int) -> Slice:

@@ -297,11 +297,6 @@ def check_fan_in(fan_in: int, width: int) -> None:
         raise ConfigError(f"output.fan_in={fan_in} is larger than the {width} features that the tail reads; lower it to {width} or less")
 
 
-def embedding_width(encoder: EncoderConfig, hidden: int) -> int:
-    """D, what the output layer can read, of an encoder whose token model is ``hidden`` wide."""
-    return encoder.project or hidden
-
-
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved page as YAML that ``load_config`` reads back."""
     path.write_text(page.as_yaml(config), encoding="utf-8")

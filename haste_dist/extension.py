@@ -24,7 +24,7 @@ from torch import Tensor
 from haste_dist import checkpoint
 from haste_dist.bisection import matmul, take
 from haste_dist.checkpoint import PAGE, PIECE, RunState
-from haste_dist.config import Config, embedding_width, load_config, save_config
+from haste_dist.config import Config, load_config, save_config
 from haste_dist.errors import CheckpointError, ConfigError, DataError
 from haste_dist.label_groups import (
     GROUPS_FILE,
@@ -302,7 +302,7 @@ def _grown(tensor: Tensor, groups: int) -> Tensor:
 
 
 def _tail_width(run: Path, config: Config) -> int:
-    from haste_dist.classifier import feature_slice
+    from haste_dist.classifier import embedding_width, feature_slice
 
     page = json.loads((run / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))
     return feature_slice(config.output.tail_features, embedding_width(config.encoder, int(page["hidden_size"]))).width

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from haste_dist.classifier import Classifier, check_slice, feature_slice
-from haste_dist.config import Config, EncoderConfig, check_fan_in, embedding_width, save_config
+from haste_dist.classifier import Classifier, check_slice, embedding_width, feature_slice
+from haste_dist.config import Config, EncoderConfig, check_fan_in, save_config
 from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, model_config, tokenizer_fingerprint
 from haste_dist.engine import EncoderEngine
 from haste_dist.errors import ConfigError, DataError

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from haste_dist.errors import ConfigError
+from haste_dist.setting import range_text
 
 Page = TypeVar("Page")
 Layer = tuple[str, DictConfig]  # where values come from, and they
@@ -70,7 +71,7 @@ def describe(page: Any) -> str:
         lines.append(f"{part.name}:")
         section = getattr(page, part.name)
         for f in dataclasses.fields(section):
-            lines.append(f"  {_inline(f.name, getattr(section, f.name)):<34} # {f.metadata['doc']}{_range_text(f.metadata)}")
+            lines.append(f"  {_inline(f.name, getattr(section, f.name)):<34} # {f.metadata['doc']}{range_text(f.metadata)}")
     return "\n".join(lines) + "\n"
 
 
@@ -79,15 +80,6 @@ def _inline(name: str, value: Any) -> str:
     if isinstance(value, list):
         return f"{name}: {value}"
     return re.sub(r"\n *", " ", OmegaConf.to_yaml(OmegaConf.create({name: value})).rstrip("\n"))  # long strings come folded
-
-
-def _range_text(meta: Any) -> str:
-    if meta.get("choices"):
-        return f" [{' | '.join(map(str, meta['choices']))}]"
-    low, high = meta.get("low"), meta.get("high")
-    if low is None and high is None:
-        return ""
-    return f" [{'' if low is None else low} .. {'' if high is None else high}]"
 
 
 def check_ranges(page: Any) -> None:
@@ -105,7 +97,7 @@ def _check_part(part: str, section: Any) -> None:
             raise ConfigError(f"{part}.{f.name}={value}: must be a finite number")
         outside = (meta.get("low") is not None and value < meta["low"]) or (meta.get("high") is not None and value > meta["high"])
         if outside or (meta.get("choices") and value not in meta["choices"]):
-            raise ConfigError(f"{part}.{f.name}={value}: must be in{_range_text(meta)} ({meta['doc']})")
+            raise ConfigError(f"{part}.{f.name}={value}: must be in{range_text(meta)} ({meta['doc']})")
 
 
 def _check_names(layer: DictConfig | ListConfig, schema: Any, root: Any, where: str, prefix: str = "") -> None:

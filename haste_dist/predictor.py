@@ -19,8 +19,8 @@ from torch import Tensor
 
 from haste_dist import checkpoint
 from haste_dist.calibration import EXPORTED, Calibration, read_calibration
-from haste_dist.classifier import Classifier
-from haste_dist.config import embedding_width, load_config
+from haste_dist.classifier import Classifier, embedding_width
+from haste_dist.config import load_config
 from haste_dist.encoder import build_encoder, load_tokenizer
 from haste_dist.errors import CheckpointError
 from haste_dist.export import check_export, fill_encoder, fill_labels, is_export

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from haste_dist.config import embedding_width
+from haste_dist.classifier import embedding_width
 from haste_dist.errors import DataError
 from haste_dist.manifest import first_line
 from haste_dist.metrics import FREQUENCY_BINS

@@ -11,6 +11,7 @@ A study is a YAML page:
       default: []
       dense: [output.head_fraction=1]
 
+Dev texts are a data set of their own (dev_data.py): label orders and frequencies do not know them. They are the same for all seeds.
 The last checkpoint of a run is scored, so that the split chooses nothing. Of a run stay its settings, its log, ``result.json`` and
 ``texts.parquet``: what every text of the split adds to each metric's sums, so that intervals can be made by weighing texts anew.
 
@@ -36,8 +37,9 @@ import yaml
 from numpy.typing import NDArray
 
 from haste_dist.config import Config, load_config
+from haste_dist.dev_data import hold_out, link
 from haste_dist.errors import ConfigError, DataError
-from haste_dist.held_out import dev_split, leaves_out_dev
+from haste_dist.held_out import leaves_out_dev
 from haste_dist.label_groups import GROUPS_FILE, VECTORS_FILE, head_size, label_order_is_current, load_label_order
 from haste_dist.manifest import first_line, read_manifest, replacing
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
@@ -125,23 +127,20 @@ def trials_of(study: Study, out: Path, overrides: list[str]) -> list[Trial]:
 def with_label_order(config: Config, out: Path, seed: int) -> Config:
     """The config with a prepared folder whose label order is the one it asks for: the study's own if it will do, or one made under ``out``.
 
-    The order's random choices come from ``seed``, the study's first, so that seeds of a case share it; of a dev split, each seed holds
-    out texts of its own, which an order must not have seen, so each has an order of its own. Texts are linked, not copied.
+    With a ``data.dev_fraction`` it is one of ``dev_data.hold_out``. Random choices come from ``seed``, the study's first, so that seeds
+    of a case share them. Texts are linked, not copied.
     """
-    seed = config.run.seed if dev_split(config) else seed
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=config.run.folder))
     source = Path(os.path.abspath(config.data.prepared))
+    data = dataclasses.replace(config.data, dev_fraction=0.0)  # of a folder that knows no dev text, none is to be left out
+    asking = dataclasses.replace(config, data=data, run=dataclasses.replace(config.run, seed=seed))
+    if config.data.dev_fraction:
+        key = json.dumps([read_manifest(source).fingerprint, str(source), config.data.dev_fraction, seed])
+        source = out / "prepared" / f"dev-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        hold_out(Path(os.path.abspath(config.data.prepared)), source, config.data.dev_fraction, seed)
+    elif _will_do(config, source):
+        return _prepared(config, source)
     manifest = read_manifest(source)
-    asking = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
-    wanted = (config.output.group_size, head_size(manifest.labels, config.output.head_fraction, config.output.group_size))
-    order = load_label_order(source)
-    page = json.loads((source / GROUPS_FILE).read_text(encoding="utf-8"))
-    same = all(page.get(name) == value for name, value in dataclasses.asdict(config.groups).items() if name in page and name != "encoder")
-    same &= config.output.start != "centroids" or (source / VECTORS_FILE).is_file()
-    same &= leaves_out_dev(page, config)
-    if same and wanted == (order.group_size, order.head_rows):
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(source)))
-    key = json.dumps([manifest.fingerprint, wanted, seed, dev_split(config), dataclasses.asdict(config.groups)], sort_keys=True)
+    key = json.dumps([manifest.fingerprint, _head(config, manifest.labels), seed, dataclasses.asdict(config.groups)], sort_keys=True)
     folder = out / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:12]
     if not label_order_is_current(asking, folder, manifest):
         from haste_dist.label_groups import make_label_order
@@ -151,11 +150,28 @@ def with_label_order(config: Config, out: Path, seed: int) -> Config:
         for path in source.rglob("*"):
             there = folder / path.relative_to(source)
             if path.is_file() and path.name not in ours and not there.exists():
-                there.parent.mkdir(parents=True, exist_ok=True)
-                _link(path, there)
+                link(path, there)
         make_label_order(asking, folder, manifest)
         seal_data(folder)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(folder.absolute())))
+    return _prepared(config, folder.absolute())
+
+
+def _will_do(config: Config, folder: Path) -> bool:
+    """Whether the label order in a prepared folder is the one that the config asks for, whatever its random choices."""
+    order, manifest = load_label_order(folder), read_manifest(folder)
+    page = json.loads((folder / GROUPS_FILE).read_text(encoding="utf-8"))
+    same = all(page.get(name) == value for name, value in dataclasses.asdict(config.groups).items() if name in page and name != "encoder")
+    same &= config.output.start != "centroids" or (folder / VECTORS_FILE).is_file()
+    same &= leaves_out_dev(page, config)
+    return same and _head(config, manifest.labels) == (order.group_size, order.head_rows)
+
+
+def _head(config: Config, labels: int) -> tuple[int, int]:
+    return config.output.group_size, head_size(labels, config.output.head_fraction, config.output.group_size)
+
+
+def _prepared(config: Config, folder: Path) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(folder)))
 
 
 def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False) -> bool:
@@ -172,6 +188,9 @@ def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False) -> b
     from haste_dist.world import join_world, leave_world
 
     config, folder = trial.config, trial.folder
+    if config.data.dev_fraction:  # its prepared folder has the dev texts for its test split
+        data, evaluate = dataclasses.replace(config.data, dev_fraction=0.0), dataclasses.replace(config.evaluate, split="test")
+        config = dataclasses.replace(config, data=data, evaluate=evaluate)
     world = join_world(config.launch.device, config.launch.timeout)
     began = time.perf_counter()
     outcome = train(config, world, wants_stop)
@@ -201,7 +220,7 @@ def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False) -> b
     result = {
         "case": trial.case,
         "seed": trial.seed,
-        "split": config.evaluate.split,
+        "split": trial.config.evaluate.split,
         "settings": settings_of(trial),
         **{name: value for name, value in measured.items() if name != "seconds"},
         "step": outcome.step,
@@ -267,10 +286,3 @@ def write_results(out: Path, results: list[dict[str, Any]]) -> Path:
     with replacing(out / RESULTS) as file:
         pq.write_table(pa.Table.from_pylist([{name: result.get(name) for name in names} for result in results]), file)
     return out / RESULTS
-
-
-def _link(path: Path, there: Path) -> None:
-    try:
-        os.link(path, there)
-    except OSError:  # another disk
-        shutil.copyfile(path, there)

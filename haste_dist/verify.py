@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from haste_dist import augmentation
 from haste_dist.checkpoint import ENCODER, OPTIMIZER, PAGE, STEP_NAME, complete, pointed, read_page, step_of, verify_files
-from haste_dist.classifier import feature_slice
-from haste_dist.config import embedding_width, load_config
+from haste_dist.classifier import embedding_width, feature_slice
+from haste_dist.config import load_config
 from haste_dist.errors import DataError, HasteError
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, ORDER_SCHEMA, LabelOrder, load_label_order
 from haste_dist.manifest import FILTER_SCHEMA, LABEL_SCHEMA, LABEL_TEXTS, MANIFEST, Manifest, Shard, open_split, read_arrow, read_manifest

@@ -176,10 +176,8 @@ def _update(
         dw = tl.dot(dz_RK, x_KC, dw, input_precision="ieee")
     mask = (row < rows)[:, None] & (column < D)[None, :]
     at = row[:, None] * D + column[None, :]
-    old = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     tiles.sgd(
-        weight, momentum, at, mask, old, dw, first_row + row, first_column, lr, scale, decay, inertia, step, seed_low, seed_high,
-        NEAREST,
+        weight, momentum, at, mask, dw, first_row + row, first_column, lr, scale, decay, inertia, step, seed_low, seed_high, NEAREST
     )  # fmt: skip
 
 

