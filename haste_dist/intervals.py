@@ -1,7 +1,8 @@
 """Intervals of a study's figures: over seeds (Student's t), and over the split's texts (paired bootstrap).
 
-Both are of 95%. The bootstrap draws texts with replacement, the same ones for both cases and for all seeds, and looks at the mean over
-seeds of the difference; sums are weighed anew, so ratios of sums (PSP, recall by frequency) are treated as what they are.
+Both are of 95%. The bootstrap draws texts with replacement, the same ones for all cases and seeds, and looks at the mean over seeds, of a
+case or of the difference of two (so it is paired); sums are weighed anew, so ratios of sums (PSP, recall by frequency) are treated as what
+they are.
 
 Letters: n texts, M sums of a text, S samples.
 """
@@ -78,14 +79,6 @@ def mean_of(
     less = [dict.fromkeys(names, np.zeros(1))] * len(case) if baseline is None else baseline
     pairs = list(zip(case, less, strict=True))
     return {name: over_texts(np.mean([ours[name] - theirs[name] for ours, theirs in pairs], axis=0)) for name in case[0] if name in names}
-
-
-def paired_bootstrap(
-    case: Sequence[NDArray[np.float64]], baseline: Sequence[NDArray[np.float64]], samples: int = SAMPLES, seed: int = 0
-) -> dict[str, Interval]:
-    """Difference case - baseline of every metric: the runs' (n, M) sums, seed by seed in the same order. Raises ValueError if n differs."""
-    found = resample([*case, *baseline], samples, seed)
-    return mean_of(found[: len(case)], found[len(case) :])
 
 
 def metrics_of_sums(sums_SM: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:

@@ -118,17 +118,17 @@ def test_the_slurm_script_trains_on_both_hosts(hosts: tuple[Host, Host], config:
     programs.mkdir()
     environment = first.environment
     sends = " ".join(f"{name}={value}" for name, value in environment.items())
+    patience = "RAY_gcs_rpc_server_reconnect_timeout_s=10"  # not the 60 that a worker node waits for a head that has gone
     write_program(programs / "scontrol", f'test "$1" = show && echo {first.address} || echo "$@" >> {tmp_path}/requeued')
     write_program(
         programs / "srun",
         "while [[ $1 == --* ]]; do shift; done\n"
-        + "".join(f'{" ".join(host.words)} env {sends} "$@" & pids+=($!)\n' for host in (second, first))
+        + "".join(f'{" ".join(host.words)} env {sends} {own} "$@" & pids+=($!)\n' for host, own in ((second, patience), (first, "")))
         + 'wait "${pids[1]}"; status=$?; wait "${pids[0]}"; exit $status',  # as Slurm, which waits for all tasks
     )
     words = ["bash", str(ROOT / "launch" / "slurm.sbatch"), str(tmp_path / "c.yaml")]
     more = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_NUM_NODES": "2", "HOME": str(tmp_path)}
     more |= {"HASTE_VENV": str(Path(sys.executable).parents[1]), "PATH": f"{programs}:{os.environ['PATH']}"}
-    more["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # not 60, that a worker node waits for a head that has gone
     job = subprocess.Popen(words, env={**os.environ, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     run = Path(config.run.folder)
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_losses(run)) > 12)
