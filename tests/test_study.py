@@ -20,8 +20,9 @@ from haste_dist.intervals import metrics_of_sums, over_seeds, paired_bootstrap
 from haste_dist.label_groups import load_label_order
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
 from haste_dist.runlog import read_events
+from haste_dist.sealed import seal_data
 from haste_dist.trials import Trial, read_result, read_study_page, read_texts, trials_of, with_label_order
-from haste_dist.verify import check_data, seal_data
+from haste_dist.verify import check_data
 from haste_launch import cli
 
 FREQUENCY = np.array([1, 1, 3, 8, 30, 200])
