@@ -20,6 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from haste_dist.config import EncoderConfig
 from haste_dist.errors import ConfigError
+from haste_dist.imports import no_collection
 
 # transformers loads DeepSpeed where that is installed, which then tells stdout what accelerator it found; haste's answers go there.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -165,17 +166,18 @@ def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_lengt
         )
     attention = "flash_attention_2" if config.attention == "flash" else None  # None: SDPA, or the model's own where it has none
     try:
-        if config.name == "scratch" or not pretrained:
-            model = AutoModel.from_config(made, attn_implementation=attention, trust_remote_code=False)
-        else:
-            model = AutoModel.from_pretrained(
-                resolve_name(config.name),
-                config=made,
-                dtype=torch.float32,
-                attn_implementation=attention,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
+        with no_collection():  # the model's code is imported here, and most of transformers with it
+            if config.name == "scratch" or not pretrained:
+                model = AutoModel.from_config(made, attn_implementation=attention, trust_remote_code=False)
+            else:
+                model = AutoModel.from_pretrained(
+                    resolve_name(config.name),
+                    config=made,
+                    dtype=torch.float32,
+                    attn_implementation=attention,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"encoder.name: cannot load '{config.name}' ({_first_line(error)})") from None
     if getattr(model, "pooler", None) is not None:

@@ -17,6 +17,7 @@ from haste_dist.encoder import Encoder, compile_blocks
 from haste_dist.errors import CheckpointError
 from haste_dist.flat import ClippedAdamW, FlatModule
 from haste_dist.graphs import GraphedModule, can_replay
+from haste_dist.imports import no_collection
 from haste_dist.meters import stage
 from haste_dist.world import World
 
@@ -155,11 +156,12 @@ class EncoderEngine:
 def _deepspeed_engine(flat: FlatModule, config: EncoderConfig, dtype: torch.dtype, stage: int) -> tuple[Any, ClippedAdamW]:
     device = flat.flat.device.type
     os.environ.setdefault("DS_ACCELERATOR", device)
-    import deepspeed
+    with no_collection():
+        import deepspeed
 
-    # On a CPU DeepSpeed would compile its shared-memory all-reduce at first use (40 s, needs a compiler, hangs on a stale
-    # lock). Only inference uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # None of DeepSpeed's own operators is used, so it need not try compilers to learn which it could build. On a CPU it would compile its
+    # shared-memory all-reduce at first use (40 s, needs a compiler, hangs on a stale lock), which only inference uses.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     adamw = ClippedAdamW(
         flat.flat, flat.decayed, config.clip, config.weight_decay, lr=config.lr, betas=(0.9, config.beta2), fused=device == "cuda"
     )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from haste_dist.augmentation import TWINS
-from haste_dist.errors import DataError
+from haste_dist.errors import ConfigError, DataError
 from haste_dist.manifest import LABEL_TEXTS, MANIFEST, Shard, read_manifest, replacing
 from haste_dist.sealed import CHECKSUMS
 from haste_dist.storage import Location, whole_address
@@ -22,8 +22,10 @@ TRANSFERS = 8  # at once
 def local_copy(address: str | Path) -> Path:
     """The folder itself, or where it lies in a store, a copy in ~/.cache/haste_dist (or HASTE_CACHE), brought up to date.
 
-    Raises DataError where something is missing, or is not what the manifest says.
+    Raises ConfigError for no address, DataError where something is missing, or is not what the manifest says.
     """
+    if not address:
+        raise ConfigError("data.prepared is empty: name the folder that haste prepare wrote")
     place = whole_address(str(address))
     if place.is_local:
         return Path(address)

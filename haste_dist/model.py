@@ -35,8 +35,6 @@ class Prepared:
 
 def open_prepared(config: Config) -> Prepared:
     """Opens ``data.prepared`` and checks that it was made for this config. Raises ConfigError or DataError."""
-    if not config.data.prepared:
-        raise ConfigError("data.prepared is empty: name the folder that haste prepare wrote")
     folder = local_copy(config.data.prepared)
     manifest = read_manifest(folder)
     order = load_label_order(folder)

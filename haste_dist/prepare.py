@@ -41,7 +41,7 @@ from haste_dist.manifest import (
 from haste_dist.mirror import ORDER_FILES, copy_folder, fetch, publish
 from haste_dist.pipeline import Plan, run
 from haste_dist.rows import Problem
-from haste_dist.sealed import CHECKSUMS
+from haste_dist.sealed import CHECKSUMS, seal_data
 from haste_dist.shards import is_intact, read_page, read_shard, shard_sums, write_shard
 from haste_dist.sources import SPLITS, Source, count_labels, detect_format, find_source
 from haste_dist.storage import Location, whole_address
@@ -58,7 +58,6 @@ def prepare(config: Config, order: Callable[[Config, Path, Manifest], None] | No
     Raises ConfigError or DataError, in one line, for settings or input that cannot be used, and where the disk is full.
     """
     from haste_dist.encoder import load_tokenizer, tokenizer_fingerprint  # torch and transformers: seconds to import
-    from haste_dist.verify import seal_data
 
     data = config.data
     _check_settings(config)

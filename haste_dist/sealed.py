@@ -69,6 +69,11 @@ def seal_folder(folder: Path, names: Iterable[str]) -> None:
         raise HasteError(f"{folder / CHECKSUMS}: cannot be written ({error}); check the folder's permissions and its disk") from None
 
 
+def seal_data(folder: Path) -> None:
+    """Writes the checksums of a prepared folder: of all but the shards, which the manifest vouches for. Raises HasteError."""
+    seal_folder(folder, (path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS and path.name[0] != "."))
+
+
 def read_checksums(folder: Path, what_to_do: str) -> dict[str, dict[str, Any]]:
     """The records of checksums.json by file name. Raises HasteError where it is missing, damaged or of another version."""
     path = folder / CHECKSUMS

@@ -144,7 +144,7 @@ def with_label_order(config: Config, out: Path, seed: int) -> Config:
     folder = out / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:12]
     if not label_order_is_current(asking, folder, manifest):
         from haste_dist.label_groups import make_label_order
-        from haste_dist.verify import seal_data
+        from haste_dist.sealed import seal_data
 
         ours = {*ORDER_FILES, CHECKSUMS}
         for path in source.rglob("*"):

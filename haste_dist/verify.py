@@ -30,11 +30,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def seal_data(folder: Path) -> None:
-    """Writes the checksums of a prepared folder: of all but the shards, which the manifest vouches for. Raises HasteError."""
-    seal_folder(folder, (path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS and path.name[0] != "."))
-
-
 def seal_run(folder: Path) -> None:
     """Writes the checksums of what a run folder holds besides checkpoints and logs. Raises HasteError."""
     encoder = (f"{ENCODER_FOLDER}/{path.name}" for path in (folder / ENCODER_FOLDER).iterdir() if path.is_file())

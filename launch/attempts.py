@@ -11,11 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from haste_dist import checkpoint
 from haste_dist.config import Config
 from haste_dist.errors import HasteError
 from haste_dist.runlog import FILE, RunLog, read_events
-from haste_dist.train import CHECKPOINTS
 
 COUNT_SECONDS = 1.0  # between two looks at a cluster that lacks ranks
 
@@ -91,6 +89,9 @@ def may_pass(error: BaseException) -> bool:
 
 def newest_step(run: Path) -> int:
     """Steps of the newest complete checkpoint, 0 without one."""
+    from haste_dist import checkpoint  # torch, which is not to load before Ray starts
+    from haste_dist.train import CHECKPOINTS
+
     found = checkpoint.newest(run / CHECKPOINTS)
     return checkpoint.step_of(found) if found else 0
 

@@ -27,7 +27,7 @@ def prepare(args: Namespace) -> int:
     from haste_dist.prepare import prepare as prepare_data
     from haste_launch.ray_session import ray_session
 
-    with ray_session(settings):
+    with ray_session(settings, "haste_dist.encoder", "pandas"):  # pandas: Ray Data's
         prepare_data(settings)
     return 0
 

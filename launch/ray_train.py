@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from haste_dist.config import Config, check
 from haste_dist.errors import ConfigError, Interrupted
+from haste_dist.manifest import read_manifest
+from haste_dist.mirror import local_copy
 from haste_dist.storage import whole_address
 from haste_launch.attempts import until_done, user_error
 from haste_launch.progress import Progress
@@ -33,17 +35,24 @@ ECHO_SECONDS = 1.0  # a signal may come twice at once: to the process, and to it
 
 def train(config: Config) -> int:
     """Trains on all ranks; returns the exit status. Raises Interrupted after a stop by Ctrl-C, and HasteError."""
-    from haste_dist.train import check_run, restore
-
     config = absolute_paths(config)
-    restore(config)
-    prepared = check_run(config)
-    with ray_session(config):
+    _check_folder(config)
+    with ray_session(config, "haste_dist.train", "pandas"):  # pandas: Ray Train's
+        from haste_dist.train import check_run, restore
+
+        restore(config)
+        prepared = check_run(config)
         check_memory(config, prepared)
         asked_by = run_ranks(config, "train", {})
     if asked_by == signal.SIGINT:
         raise Interrupted(f"training stopped, everything is saved in {config.run.folder}; the same command goes on from there")
     return 0
+
+
+def _check_folder(config: Config) -> None:
+    """What can be told at once, without torch or Ray: that there is no prepared folder. Raises HasteError."""
+    if not config.data.prepared or whole_address(config.data.prepared).is_local:
+        read_manifest(local_copy(config.data.prepared))
 
 
 def check_memory(config: Config, prepared: "Prepared") -> None:
@@ -157,8 +166,10 @@ def rank_main(payload: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
+    from haste_dist.imports import import_ahead
     from haste_dist.world import join_world
 
+    import_ahead("haste_dist.train")
     torch.set_num_threads(payload["threads"])
     config = config_from_dict(payload["config"])
     world = join_world(ray.train.torch.get_device() if payload["on_gpu"] else torch.device("cpu"), config.launch.timeout)

@@ -16,8 +16,8 @@ from haste_dist.label_embeddings import LabelEmbeddings
 from haste_dist.label_groups import VECTORS_FILE, label_order_is_current, make_label_order
 from haste_dist.model import make_classifier, open_prepared
 from haste_dist.prepare import prepare
+from haste_dist.sealed import seal_data
 from haste_dist.train import check_run, train
-from haste_dist.verify import seal_data
 from haste_dist.world import World, join_world
 
 LABELS, WIDTH = 101, 32

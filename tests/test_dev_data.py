@@ -19,7 +19,8 @@ from haste_dist.label_groups import make_label_order
 from haste_dist.loader import open_texts
 from haste_dist.manifest import FILTER_SCHEMA, open_split, read_manifest, write_arrow, write_manifest
 from haste_dist.prepare import prepare
-from haste_dist.verify import seal_data, verify
+from haste_dist.sealed import seal_data
+from haste_dist.verify import verify
 
 
 @pytest.fixture

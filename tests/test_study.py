@@ -27,8 +27,9 @@ from haste_dist.label_groups import load_label_order
 from haste_dist.manifest import open_split, read_manifest
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
 from haste_dist.runlog import read_events
+from haste_dist.sealed import seal_data
 from haste_dist.trials import Trial, read_result, read_study_page, read_texts, run_trial, settings_of, trials_of, with_label_order
-from haste_dist.verify import check_data, seal_data
+from haste_dist.verify import check_data
 from haste_dist.world import World
 from haste_launch import cli
 from haste_launch.study_plot import Seen, draw_memory, pareto

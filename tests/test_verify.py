@@ -20,9 +20,9 @@ from haste_dist.manifest import SHARD_SCHEMA, file_sha256, read_manifest, write_
 from haste_dist.model import open_prepared
 from haste_dist.predictor import Predictor
 from haste_dist.saver import Saver
-from haste_dist.sealed import CHECKSUMS, inside, seal, unseal
+from haste_dist.sealed import CHECKSUMS, inside, seal, seal_data, unseal
 from haste_dist.train import train
-from haste_dist.verify import check_data, seal_data, verify
+from haste_dist.verify import check_data, verify
 from haste_dist.world import join_world
 
 FLIPS = 500 if FULL else 60
