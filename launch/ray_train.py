@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from haste_dist.config import Config, check
 from haste_dist.errors import ConfigError, Interrupted
+from haste_dist.sharding import label_parts
 from haste_dist.storage import whole_address
 from haste_launch.attempts import until_done, user_error
 from haste_launch.progress import Progress
@@ -39,11 +40,19 @@ def train(config: Config) -> int:
     restore(config)
     prepared = check_run(config)
     with ray_session(config):
+        check_ranks(config)
         check_memory(config, prepared)
         asked_by = run_ranks(config, "train", {})
     if asked_by == signal.SIGINT:
         raise Interrupted(f"training stopped, everything is saved in {config.run.folder}; the same command goes on from there")
     return 0
+
+
+def check_ranks(config: Config) -> None:
+    """Refuses ranks that ``launch.label_parallel`` does not divide, before they start. Raises ConfigError."""
+    import ray
+
+    label_parts(config.launch.label_parallel, count_ranks(config, ray.cluster_resources())[0])
 
 
 def check_memory(config: Config, prepared: "Prepared") -> None:
