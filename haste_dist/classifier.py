@@ -79,8 +79,7 @@ class Classifier:
         gradient with respect to x from these rows, and their share of the loss if wanted (else None).
         """
         config = self.config
-        if place is None:
-            place = all_rows(len(x_ND))
+        place = all_rows(len(x_ND)) if place is None else place
         scale = 1.0 / place.total if config.reduction == "mean" else 1.0
         args = StepArgs(
             lr=lr,
@@ -112,7 +111,7 @@ class Classifier:
 
     def keep(self, x_ND: Tensor, label_rows_NM: Tensor, step: int) -> None:
         """Keeps the whole batch of a step for the next rewiring, also without tail rows here: checkpoints are written by the first."""
-        x, _ = self._masked(x_ND, self.tail_slice, self.config.tail_dropout, step, TAIL_DROPOUT, all_rows(len(x_ND)))
+        x, _ = self._masked(x_ND, self.tail_slice, self.config.tail_dropout, step, TAIL_DROPOUT)
         self.kept.append((x, label_rows_NM))
 
     def topk(self, x_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -171,13 +170,14 @@ class Classifier:
         return x_ND if part.width == x_ND.shape[1] else x_ND[:, part.start : part.stop].contiguous()
 
     def _masked(
-        self, x_ND: Tensor, part: Slice, dropout: float, step: int, stream: int, place: Rows
+        self, x_ND: Tensor, part: Slice, dropout: float, step: int, stream: int, place: Rows | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The slice with dropout. All ranks draw the mask of the global batch, from (seed, step), so no mask is communicated."""
         x = self._sliced(x_ND, part)
         if not dropout:
             return x, None
         generator = torch.Generator(device=x.device).manual_seed((self.seed * 1_000_003 + step) * 64 + stream)
+        place = all_rows(len(x)) if place is None else place
         whole = x.new_empty(place.total, x.shape[1]).bernoulli_(1 - dropout, generator=generator)
         mask = whole[place.start : place.stop].div_(1 - dropout)
         return x * mask, mask
