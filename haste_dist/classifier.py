@@ -50,7 +50,7 @@ KERNELS = Steps(head_step, tail_step)
 
 
 class Classifier:
-    """Head and tail rows of one rank, with their SGD state. Nothing here communicates."""
+    """Head and tail rows of one rank, with their SGD state. Nothing here communicates; ``steps`` may."""
 
     def __init__(self, config: OutputConfig, shard: LabelShard, width: int, seed: int, device: torch.device, steps: Steps = KERNELS):
         """``width``: D of the encoder. Initial values are keyed by global row, so that they do not depend on the sharding."""

@@ -5,7 +5,8 @@ has arrived; NaN and infinity survive a maximum. A rank that finds one asks all 
 before anything of that state is saved. Logits are never kept, but none can be wrong unseen: their gradient is, and dx with it.
 
 ``train.skip_batches`` passes over a batch instead, where that is exact: if its embeddings are not finite, nothing has been updated by
-it yet, and the ranks, which have all of them, see the same; replicas of the labels ask each other. The host must wait for them. What turns bad later has changed the output layer.
+it yet, and the ranks, which have all of them, see the same; replicas of the labels ask each other. The host must wait for them. What
+turns bad later has changed the output layer.
 
 Letters: B padded rows of this rank, N rows of the global batch, D width, T tail groups of this rank.
 """

@@ -18,8 +18,8 @@ from haste_dist.errors import ConfigError, DataError
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, LabelOrder, head_size, load_label_order
 from haste_dist.manifest import Manifest, read_manifest
 from haste_dist.mirror import local_copy
-from haste_dist.sealed import CHECKSUMS
 from haste_dist.replicas import summed_over
+from haste_dist.sealed import CHECKSUMS
 from haste_dist.sharding import label_shard
 from haste_dist.verify import CONFIG, ENCODER_FOLDER, seal_run
 from haste_dist.world import World

@@ -36,7 +36,9 @@ def summed_over(copies: Ranks) -> Steps:
     """Steps of head and tail whose gradients are summed over the ranks of ``copies``: the kernels' arguments and results."""
 
     def made(kernel: Step, cut: Callable[[StateT], Iterator[StateT]]) -> Step:
-        def step(x_ND: Tensor, positives: Positives, state: StateT, args: StepArgs, want_loss: bool = False) -> tuple[Tensor, Tensor | None]:
+        def step(
+            x_ND: Tensor, positives: Positives, state: StateT, args: StepArgs, want_loss: bool = False
+        ) -> tuple[Tensor, Tensor | None]:
             return _step(kernel, cut(state), x_ND, positives, state.first_row, args, want_loss, copies)
 
         return step

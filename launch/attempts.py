@@ -64,10 +64,10 @@ def wait_for_ranks(
             if config.launch.elastic and have >= parts:
                 return have // parts * parts
             too_few = config.launch.elastic and 0 < have < parts
+            room = f"{have} of {wanted}, after {config.launch.wait:g} s{f', and label_parallel={parts} needs {parts}' if too_few else ''}"
             raise HasteError(
-                f"the run lost ranks and cannot go on: the cluster has room for {have} of {wanted}, after {config.launch.wait:g} s"
-                f"{f', and launch.label_parallel={parts} needs {parts}' if too_few else ''}; the same command resumes it once they are back, "
-                f"{'launch.label_parallel=0' if too_few else 'launch.elastic=true'} with fewer"
+                f"the run lost ranks and cannot go on: the cluster has room for {room}; "
+                f"the same command resumes it once they are back, launch.{'label_parallel=0' if too_few else 'elastic=true'} with fewer"
             )
         if pause(COUNT_SECONDS):
             return 0

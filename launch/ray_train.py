@@ -40,7 +40,6 @@ def train(config: Config) -> int:
     restore(config)
     prepared = check_run(config)
     with ray_session(config):
-        check_ranks(config)
         check_memory(config, prepared)
         asked_by = run_ranks(config, "train", {})
     if asked_by == signal.SIGINT:
@@ -48,21 +47,16 @@ def train(config: Config) -> int:
     return 0
 
 
-def check_ranks(config: Config) -> None:
-    """Refuses ranks that ``launch.label_parallel`` does not divide, before they start. Raises ConfigError."""
-    import ray
-
-    label_parts(config.launch.label_parallel, count_ranks(config, ray.cluster_resources())[0])
-
-
 def check_memory(config: Config, prepared: "Prepared") -> None:
-    """Refuses a run that would fill its GPUs, where this machine has such GPUs to ask. Raises ConfigError."""
+    """Refuses ranks that ``launch.label_parallel`` does not divide, and a run that would fill its GPUs, where this machine has such GPUs to
+    ask. Raises ConfigError."""
     import ray
     import torch
 
     from haste_dist.fits import check_fits, facts_of
 
     ranks, on_gpu = count_ranks(config, ray.cluster_resources())
+    label_parts(config.launch.label_parallel, ranks)
     if config.launch.check_memory and on_gpu and torch.cuda.is_available():
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30
         check_fits(config, facts_of(prepared.manifest, ranks, "cuda"), gib, torch.cuda.get_device_name(0))

@@ -63,7 +63,9 @@ def scale(config: Config, words: Words) -> int:
 def study_config(config: Config, words: Words) -> Config:
     """The config with the study's folder as its run folder, paths absolute. Raises ConfigError for what a study has no points of."""
     if config.launch.label_parallel:
-        raise ConfigError(f"launch.label_parallel={config.launch.label_parallel}: a scaling study measures ranks that share all labels; set it to 0")
+        raise ConfigError(
+            f"launch.label_parallel={config.launch.label_parallel}: a scaling study measures ranks that share all labels; set it to 0"
+        )
     return absolute_paths(dataclasses.replace(config, run=dataclasses.replace(config.run, folder=os.fspath(words.out))))
 
 

@@ -88,10 +88,11 @@ def test_hosts_are_joined_by_the_links_that_were_said() -> None:
 
 def test_replicas_of_the_labels_see_fewer_rows_and_sum_their_gradients() -> None:
     model = fit(study())
-    shape: dict[str, Any] = dict(
-        labels=10**6, ranks=4, batch=4096, tokens=128, width=768, head_rows=10**4, head_width=768, tail_width=768, fan_in=64, group=32,
-        weight_bytes=2, momentum_bytes=2, x_bytes=2, encoder_flops=3.4e13, parameters=110_000_000, partitioned=True,
-    )  # fmt: skip
+    shape: dict[str, Any] = {
+        "labels": 10**6, "ranks": 4, "batch": 4096, "tokens": 128, "width": 768, "head_rows": 10**4, "head_width": 768, "tail_width": 768,
+        "fan_in": 64, "group": 32, "weight_bytes": 2, "momentum_bytes": 2, "x_bytes": 2, "encoder_flops": 3.4e13, "parameters": 110_000_000,
+        "partitioned": True,
+    }  # fmt: skip
     every, twice = load_of(**shape), load_of(**shape, label_parallel=2)
     alone = load_of(**{**shape, "ranks": 2, "batch": 2048, "encoder_flops": 1.7e13})
     assert (twice.copies, twice.shards, twice.rows, twice.labels_a_rank) == (2, 2, 2048, 500_000)
@@ -100,7 +101,7 @@ def test_replicas_of_the_labels_see_fewer_rows_and_sum_their_gradients() -> None
         assert found.parts[part] == half.parts[part]
     values = 5_000 * 768 + twice.tail_rows * 64
     assert abs(found.parts["replicas"] / (2 * (4 * values * 5e-12 / 2 + 1e-5)) - 1) < 0.02
-    assert any("neither it nor the update was measured" in note for note in found.notes)
+    assert any("was not measured, nor was the update" in note for note in found.notes)
     assert "replicas" not in whole.parts
 
 

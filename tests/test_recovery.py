@@ -196,7 +196,7 @@ def test_what_is_left_makes_whole_replicas(room: int, expected: int | None) -> N
     config = Config()
     config.launch.elastic, config.launch.wait, config.launch.label_parallel = True, 0.0, 3
     if expected is None:
-        with pytest.raises(HasteError, match=r"room for 2 of 9, after 0 s, and launch.label_parallel=3 needs 3;.* launch.label_parallel=0 with fewer"):
+        with pytest.raises(HasteError, match=r"2 of 9, after 0 s, and label_parallel=3 needs 3;.* launch.label_parallel=0 with fewer"):
             wait_for_ranks(config, 9, lambda: room, lambda _: False)
     else:
         assert wait_for_ranks(config, 9, lambda: room, lambda _: False) == expected

@@ -26,7 +26,7 @@ from haste_dist.runlog import read_events
 from haste_dist.sharding import batch_share, label_parts, label_shard, replica_rows
 from haste_dist.step import predict_batch
 from haste_dist.train import train
-from haste_dist.world import World, join_world, split_world
+from haste_dist.world import Ranks, World, join_world, split_world
 
 HEAD, GROUPS, SIZE, LABELS, WIDTH = 21, 7, 16, 128, 32  # 5 rows of padding in the last group
 CHUNK = 300  # weights at once, so that a shard has several chunks
@@ -57,7 +57,9 @@ def test_labels_are_cut_into_a_divisor_of_the_ranks() -> None:
 
 
 def layer(parts: int = 1, part: int = 0, steps: Steps = KERNELS, *words: str) -> Classifier:
-    config = load_config(None, [f"output.group_size={SIZE}", "output.fan_in=8", "output.head_dropout=0.2", "output.tail_dropout=0.3", *words])
+    config = load_config(
+        None, [f"output.group_size={SIZE}", "output.fan_in=8", "output.head_dropout=0.2", "output.tail_dropout=0.3", *words]
+    )
     return Classifier(config.output, label_shard(HEAD, GROUPS, SIZE, LABELS, parts, part), WIDTH, 5, torch.device("cpu"), steps)
 
 
@@ -77,6 +79,28 @@ def test_chunks_are_views_that_cover_a_shard(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # A step of the layer
+
+
+@pytest.mark.parametrize(("triton", "momentum"), [(False, 0.9), (False, 0.0), (True, 0.9)])
+def test_a_summed_gradient_makes_the_kernels_own_update(triton: bool, momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one replica, whose sum is its gradient; by the kernels of the CPU and, in the interpreter, of the GPU."""
+    monkeypatch.setattr(replicas, "ELEMENTS", 512)
+    monkeypatch.setattr(replicas, "start_sum", lambda gradient, copies: SimpleNamespace(wait=lambda: None))
+    kernels = KERNELS
+    if triton:
+        pytest.importorskip("triton")
+        from haste_kernels import triton_head, triton_tail
+
+        kernels = Steps(triton_head.head_step, triton_tail.tail_step)
+    monkeypatch.setattr(replicas, "KERNELS", kernels)
+    words = ["output.fan_in=16", f"output.momentum={momentum}", "output.head_dropout=0", "output.tail_dropout=0"]
+    ours, theirs = layer(1, 0, summed_over(Ranks(0, 1)), *words), layer(1, 0, kernels, *words)
+    for step in range(2):
+        x_ND, labels_NM = batch_of(step, 9)
+        for got, expected in zip(*(one.step(x_ND, labels_NM, 0.05, step, True) for one in (ours, theirs)), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for name, (tensor, _) in theirs.tensors().items():
+        torch.testing.assert_close(ours.tensors()[name][0], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def batch_of(step: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +180,6 @@ def test_the_layer_steps_and_ranks_as_one_and_replicas_keep_equal_bits(tmp_path:
 
 
 # Whole runs
-
 
 
 def train_all(world: World, configs: list[Config]) -> None:
