@@ -246,9 +246,7 @@ class CostModel:
         if load.ranks > network.gpus_a_host:
             notes.append(f"between hosts of {network.gpus_a_host}: {network.gb_s:g} GB/s a GPU and {network.hop_us:g} us a hop are assumed")
         if load.copies > 1:
-            notes.append(
-                f"{load.copies} replicas: their gradients' sum counts at the scatter's rate, and was not measured, nor was the update"
-            )
+            notes.append(f"{load.copies} replicas: summing their gradients is taken to go as the scatter does, the update is left out")
         if self.ranges["ranks"][1] == 1 and load.ranks > 1:
             notes.append("no point had several ranks: what they exchange within a host counts nothing")
         return notes
