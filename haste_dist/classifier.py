@@ -1,11 +1,14 @@
 """The output layer of one rank: its share of the dense head and of the sparse tail, stepped and queried through the kernels.
 
 Letters: N global batch rows, D embedding width, M most labels of a text, K top-k. Every rank sees all N embeddings and owns
-some label rows; dx summed over ranks is the gradient of the whole layer (DESIGN of the step: see step.py).
+some label rows; dx summed over ranks is the gradient of the whole layer (DESIGN of the step: see step.py). With replicas of the label
+rows (replicas.py) N is the rows that this replica has of the global batch.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from torch import Tensor
 from haste_dist.config import EncoderConfig, OutputConfig, check_fan_in
 from haste_dist.errors import ConfigError
 from haste_dist.meters import stage
-from haste_dist.sharding import LabelShard
+from haste_dist.sharding import LabelShard, Rows, all_rows
 from haste_kernels import STORED, HeadState, Positives, StepArgs, TailState, head_step, random_features, tail_step, topk, uniform
 
 HEAD_DROPOUT, TAIL_DROPOUT = 11, 12  # streams of the dropout masks
@@ -33,12 +36,26 @@ class Slice:
         return self.stop - self.start
 
 
-class Classifier:
-    """Head and tail rows of one rank, with their SGD state. Nothing here communicates."""
+Step = Callable[..., tuple[Tensor, Tensor | None]]
 
-    def __init__(self, config: OutputConfig, shard: LabelShard, width: int, seed: int, device: torch.device):
+
+class Steps(NamedTuple):
+    """How head and tail are stepped: by the kernels, or, where other ranks hold the same rows, as replicas.py does."""
+
+    head: Step
+    tail: Step
+
+
+KERNELS = Steps(head_step, tail_step)
+
+
+class Classifier:
+    """Head and tail rows of one rank, with their SGD state. Nothing here communicates; ``steps`` may."""
+
+    def __init__(self, config: OutputConfig, shard: LabelShard, width: int, seed: int, device: torch.device, steps: Steps = KERNELS):
         """``width``: D of the encoder. Initial values are keyed by global row, so that they do not depend on the sharding."""
         self.config, self.shard, self.seed, self.device = config, shard, seed, device
+        self.steps = steps
         self.head_slice = feature_slice(config.head_features, width)
         self.tail_slice = feature_slice(config.tail_features, width)
         for name, part in (("head_features", self.head_slice), ("tail_features", self.tail_slice)):
@@ -50,14 +67,18 @@ class Classifier:
         # What the next rewiring measures gradients on: x_ND as the tail saw it and label_rows_NM of a batch, the same on all ranks.
         self.kept: list[tuple[Tensor, Tensor]] = []
 
-    def step(self, x_ND: Tensor, label_rows_NM: Tensor, lr: float, step: int, want_loss: bool = False) -> tuple[Tensor, Tensor | None]:
+    def step(
+        self, x_ND: Tensor, label_rows_NM: Tensor, lr: float, step: int, want_loss: bool = False, place: Rows | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """One SGD step on the rows of this rank; ``lr`` is the head's, and the tail's is in proportion where it has its own.
 
-        ``x_ND`` in the working dtype, ``label_rows_NM`` global rows with -1 where there is none. Returns the float32 (N, D)
+        ``x_ND`` in the working dtype, ``label_rows_NM`` global rows with -1 where there is none; ``place``: which rows of the global
+        batch they are (default: all). Returns the float32 (N, D)
         gradient with respect to x from these rows, and their share of the loss if wanted (else None).
         """
         config = self.config
-        scale = 1.0 / x_ND.shape[0] if config.reduction == "mean" else 1.0
+        place = all_rows(len(x_ND)) if place is None else place
+        scale = 1.0 / place.total if config.reduction == "mean" else 1.0
         args = StepArgs(
             lr=lr,
             scale=scale,
@@ -74,21 +95,21 @@ class Classifier:
         positives = sort_positives(label_rows_NM)
         losses = []
         if self.head.weight.shape[0]:
-            x, mask = self._masked(x_ND, self.head_slice, config.head_dropout, step, HEAD_DROPOUT)
-            dx, loss = stage("head")(head_step)(x, counted_from(positives, self.head.first_row), self.head, args, want_loss)
+            x, mask = self._masked(x_ND, self.head_slice, config.head_dropout, step, HEAD_DROPOUT, place)
+            dx, loss = stage("head")(self.steps.head)(x, counted_from(positives, self.head.first_row), self.head, args, want_loss)
             self._accumulate(dx_ND, dx, mask, self.head_slice)
             losses.append(loss)
         if self.tail.weight.shape[0]:
-            x, mask = self._masked(x_ND, self.tail_slice, config.tail_dropout, step, TAIL_DROPOUT)
+            x, mask = self._masked(x_ND, self.tail_slice, config.tail_dropout, step, TAIL_DROPOUT, place)
             if config.tail_lr is not None:
                 args = dataclasses.replace(args, lr=lr * config.tail_lr / config.lr if config.lr else 0.0)
-            dx, loss = stage("tail")(tail_step)(x, counted_from(positives, self.tail.first_row), self.tail, args, want_loss)
+            dx, loss = stage("tail")(self.steps.tail)(x, counted_from(positives, self.tail.first_row), self.tail, args, want_loss)
             self._accumulate(dx_ND, dx, mask, self.tail_slice)
             losses.append(loss)
         return dx_ND, torch.stack([x for x in losses if x is not None] or [dx_ND.new_zeros(())]).sum() if want_loss else None
 
     def keep(self, x_ND: Tensor, label_rows_NM: Tensor, step: int) -> None:
-        """Keeps the batch of a step for the next rewiring, also on a rank without tail rows: checkpoints are written by the first."""
+        """Keeps the whole batch of a step for the next rewiring, also without tail rows here: checkpoints are written by the first."""
         x, _ = self._masked(x_ND, self.tail_slice, self.config.tail_dropout, step, TAIL_DROPOUT)
         self.kept.append((x, label_rows_NM))
 
@@ -147,13 +168,17 @@ class Classifier:
     def _sliced(self, x_ND: Tensor, part: Slice) -> Tensor:
         return x_ND if part.width == x_ND.shape[1] else x_ND[:, part.start : part.stop].contiguous()
 
-    def _masked(self, x_ND: Tensor, part: Slice, dropout: float, step: int, stream: int) -> tuple[Tensor, Tensor | None]:
-        """The slice with dropout. All ranks draw the same mask, from (seed, step), so no mask is communicated."""
+    def _masked(
+        self, x_ND: Tensor, part: Slice, dropout: float, step: int, stream: int, place: Rows | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The slice with dropout. All ranks draw the mask of the global batch, from (seed, step), so no mask is communicated."""
         x = self._sliced(x_ND, part)
         if not dropout:
             return x, None
         generator = torch.Generator(device=x.device).manual_seed((self.seed * 1_000_003 + step) * 64 + stream)
-        mask = torch.empty_like(x).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
+        place = all_rows(len(x)) if place is None else place
+        whole = x.new_empty(place.total, x.shape[1]).bernoulli_(1 - dropout, generator=generator)
+        mask = whole[place.start : place.stop].div_(1 - dropout)
         return x * mask, mask
 
     def _accumulate(self, dx_ND: Tensor, dx: Tensor, mask: Tensor | None, part: Slice) -> None:

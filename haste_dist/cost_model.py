@@ -6,7 +6,8 @@
 
 Each part is fitted on its own measured time by non-negative least squares on relative errors: a coefficient is seconds a unit, never
 below 0. The step is the sum of its parts. An exchange of V bytes over W ranks moves V (W - 1) / W through each rank and takes W - 1
-hops (a ring). Between hosts, where nothing was measured, the bandwidth and latency are given, and said.
+hops (a ring). Between hosts, where nothing was measured, the bandwidth and latency are given, and said. With replicas of the labels
+N and W of head, tail, gather and scatter are those of one, and the sum of the gradients over them is a part of its own.
 
 Letters: W ranks, N texts of the global batch, D width, H head rows and R tail rows of a rank, F fan-in, G group size.
 """
@@ -23,6 +24,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from haste_dist.errors import DataError
+from haste_dist.sharding import label_parts
 
 SCHEMA_VERSION = 1
 FILE = "cost_model.json"
@@ -56,10 +58,20 @@ class Load:
     parameters: int  # that are trained
     partitioned: bool  # ZeRO 1 or 2
     x_bytes: int
+    copies: int = 1  # replicas of the labels
+
+    @property
+    def shards(self) -> int:
+        return self.ranks // self.copies
 
     @property
     def labels_a_rank(self) -> float:
-        return self.labels / self.ranks
+        return self.labels / self.shards
+
+    @property
+    def rows(self) -> float:
+        """Of the batch, that a rank's output layer sees."""
+        return self.batch / self.copies
 
 
 def load_of(
@@ -80,15 +92,16 @@ def load_of(
     encoder_flops: float,
     parameters: int,
     partitioned: bool,
+    label_parallel: int = 0,
 ) -> Load:
     """``head_rows`` of all ranks; ``encoder_flops`` of all ranks a step."""
-    groups = -(-max(0, labels - head_rows) // group)
-    tail_rows = -(-groups // ranks) * group
+    groups, parts = -(-max(0, labels - head_rows) // group), label_parts(label_parallel, ranks)
+    tail_rows = -(-groups // parts) * group
     tail_bytes = tail_rows * fan_in * (2 * (weight_bytes + momentum_bytes) + 2 / group)
-    own_head = -(-head_rows // ranks)
+    own_head = -(-head_rows // parts)
     return Load(
         ranks, labels, batch, tokens, width, own_head, head_width, tail_rows, tail_width, fan_in, group, tail_bytes,
-        encoder_flops / ranks, parameters, partitioned, x_bytes,
+        encoder_flops / ranks, parameters, partitioned, x_bytes, ranks // parts,
     )  # fmt: skip
 
 
@@ -128,29 +141,29 @@ class Network:
 Features = dict[str, float]
 
 
-def _exchange(load: Load, size: float) -> Features:
-    return {"bytes": size * (load.ranks - 1) / load.ranks, "hops": float(load.ranks - 1)}
+def _exchange(ranks: int, size: float) -> Features:
+    return {"bytes": size * (ranks - 1) / ranks, "hops": float(ranks - 1)}
 
 
 def _encoder(load: Load) -> Features:
-    return {"operations": load.encoder_flops, "constant": 1.0, **_exchange(load, 2.0 * load.x_bytes * load.parameters)}
+    return {"operations": load.encoder_flops, "constant": 1.0, **_exchange(load.ranks, 2.0 * load.x_bytes * load.parameters)}
 
 
 def _gather(load: Load) -> Features:
-    return {"constant": 1.0, **_exchange(load, float(load.x_bytes * load.batch * load.width))}
+    return {"constant": 1.0, **_exchange(load.shards, load.x_bytes * load.rows * load.width)}
 
 
 def _scatter(load: Load) -> Features:
-    return {"constant": 1.0, **_exchange(load, 4.0 * load.batch * load.width)}
+    return {"constant": 1.0, **_exchange(load.shards, 4.0 * load.rows * load.width)}
 
 
 def _head(load: Load) -> Features:
     values = float(load.head_rows * load.head_width)
-    return {"products": values * load.batch, "weights": values, "constant": float(load.head_rows > 0)}
+    return {"products": values * load.rows, "weights": values, "constant": float(load.head_rows > 0)}
 
 
 def _tail(load: Load) -> Features:
-    pairs = float(load.tail_rows * load.batch)
+    pairs = load.tail_rows * load.rows
     return {
         "products": pairs * load.fan_in,
         "gathered": pairs * load.fan_in / load.group,
@@ -162,7 +175,7 @@ def _tail(load: Load) -> Features:
 
 def _optimizer(load: Load) -> Features:
     weights, own = float(load.parameters), load.parameters / (load.ranks if load.partitioned else 1)
-    exchanged = _exchange(load, load.x_bytes * weights if load.partitioned else 0.0)
+    exchanged = _exchange(load.ranks, load.x_bytes * weights if load.partitioned else 0.0)
     return {"own weights": own, "weights": weights, "constant": float(load.parameters > 0), **exchanged}
 
 
@@ -202,12 +215,24 @@ class CostModel:
         parts = {}
         for part in PARTS:
             features, seconds = FEATURES[part](load), dict(self.coefficients[part])
-            if load.ranks > network.gpus_a_host and "bytes" in seconds:
+            among = load.shards if part in ("gather", "scatter") else load.ranks
+            if among > network.gpus_a_host and "bytes" in seconds:
                 # A host's cards work side by side; a ring is as fast as its slowest link.
                 seconds["bytes"] = max(seconds["bytes"], 1 / (network.gb_s * 1e9 * network.gpus_a_host))
                 seconds["hops"] = max(seconds["hops"], network.hop_us * 1e-6)
             parts[part] = sum(seconds[name] * value for name, value in features.items())
+        if load.copies > 1:
+            parts["replicas"] = self._sum_over_replicas(load, network)
         return Prediction(parts, sum(parts.values()) + self.host, tuple(self._notes(load, network)))
+
+    def _sum_over_replicas(self, load: Load, network: Network) -> float:
+        """An all-reduce of the rank's weights in float32: twice a scatter's way, each shard's ring by the cards of its own ranks."""
+        seconds = self.coefficients["scatter"]
+        a_byte, a_hop = seconds["bytes"], seconds["hops"]
+        if load.ranks > network.gpus_a_host:
+            a_byte, a_hop = max(a_byte, 1 / (network.gb_s * 1e9)), max(a_hop, network.hop_us * 1e-6)
+        moved = _exchange(load.copies, 4.0 * (load.head_rows * load.head_width + load.tail_rows * load.fan_in))
+        return 2 * (a_byte * moved["bytes"] + a_hop * moved["hops"])
 
     def _notes(self, load: Load, network: Network) -> list[str]:
         notes = []
@@ -220,6 +245,8 @@ class CostModel:
                 notes.append(f"{name.replace('_', ' ')} {value:,.6g}: {how} (measured: {measured})")
         if load.ranks > network.gpus_a_host:
             notes.append(f"between hosts of {network.gpus_a_host}: {network.gb_s:g} GB/s a GPU and {network.hop_us:g} us a hop are assumed")
+        if load.copies > 1:
+            notes.append(f"{load.copies} replicas: summing their gradients is taken to go as the scatter does, the update is left out")
         if self.ranges["ranks"][1] == 1 and load.ranks > 1:
             notes.append("no point had several ranks: what they exchange within a host counts nothing")
         return notes

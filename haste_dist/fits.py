@@ -42,7 +42,7 @@ def nearest_that_fit(config: Config, facts: Facts, plan: MemoryPlan, gib: float)
         return memory_plan(change[1], change[2], plan.encoder).peak <= room(gib)
 
     found = []
-    for changes in (_batches, _momenta, _groups, _zero, _ranks):
+    for changes in (_batches, _momenta, _groups, _zero, _shards, _ranks):
         first = next(filter(fits, changes(config, facts)), None)
         if first is not None:
             found.append(first[0])
@@ -50,7 +50,7 @@ def nearest_that_fit(config: Config, facts: Facts, plan: MemoryPlan, gib: float)
         return found
     # No one change is enough: what costs no accuracy first, each kept while the next is tried.
     words: list[str] = []
-    for changes in (_zero, _momenta, _batches):
+    for changes in (_zero, _shards, _momenta, _batches):
         *_, last = [("", config, facts), *changes(config, facts)]
         if last[0]:
             words, config, facts = [*words, last[0]], last[1], last[2]
@@ -90,16 +90,24 @@ def _zero(config: Config, facts: Facts) -> Iterator[Change]:
         yield "encoder.zero=1", _with(config, "encoder", zero=1), facts
 
 
+def _shards(config: Config, facts: Facts) -> Iterator[Change]:
+    """Fewer replicas of the labels, down to none."""
+    for parts in range(config.launch.label_parallel + 1, facts.ranks + 1):
+        if config.launch.label_parallel and facts.ranks % parts == 0:
+            yield f"launch.label_parallel={parts}", _with(config, "launch", label_parallel=parts), facts
+
+
 def _ranks(config: Config, facts: Facts) -> Iterator[Change]:
     """More GPUs, the fewest first, in steps of about an eighth."""
 
     def change(ranks: int) -> Change:
         return f"launch.ranks={ranks}", config, dataclasses.replace(facts, ranks=ranks)
 
-    ranks = facts.ranks + 1
+    parts = config.launch.label_parallel or 1
+    ranks = facts.ranks + parts
     while ranks <= min(MOST_RANKS, config.train.batch_size):
         yield change(ranks)
-        ranks += max(1, ranks // 8)
+        ranks += max(1, ranks // 8 // parts) * parts
 
 
 def _with(config: Config, part: str, **values: object) -> Config:

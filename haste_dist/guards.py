@@ -5,7 +5,8 @@ has arrived; NaN and infinity survive a maximum. A rank that finds one asks all 
 before anything of that state is saved. Logits are never kept, but none can be wrong unseen: their gradient is, and dx with it.
 
 ``train.skip_batches`` passes over a batch instead, where that is exact: if its embeddings are not finite, nothing has been updated by
-it yet, and every rank has all of them and sees the same. The host must wait for them. What turns bad later has changed the output layer.
+it yet, and the ranks, which have all of them, see the same; replicas of the labels ask each other. The host must wait for them. What
+turns bad later has changed the output layer.
 
 Letters: B padded rows of this rank, N rows of the global batch, D width, T tail groups of this rank.
 """
@@ -62,6 +63,7 @@ class Guard:
 
     def watch(self, step: int, batch: Batch, **tensors: Tensor) -> None:
         """Looks at ``tensors`` of a step without waiting, and reads what earlier looks found."""
+        tensors = {name: t for name, t in tensors.items() if t.numel()}  # a replica without rows has no gradient to them
         largest = torch.stack([torch.linalg.vector_norm(t.detach(), ord=math.inf).float() for t in tensors.values()])
         arrived = None
         if largest.device.type == "cuda":
@@ -75,7 +77,9 @@ class Guard:
 
     def skips(self, step: int, batch: Batch, x_ND: Tensor) -> bool:
         """Whether the batch of ``step`` is passed over; then it is kept. The same on each rank. Waits for the device if any may be."""
-        if self.skipped >= self.allowed or bool(x_ND.isfinite().all()):
+        if self.skipped >= self.allowed:
+            return False
+        if not bool(sum_over_ranks((~x_ND.isfinite().all()).int(), self.world.copies)):
             return False
         self._batches.append((step, batch))
         self._keep(step)
@@ -174,8 +178,8 @@ def dead_groups(classifier: Classifier, world: World) -> int:
     weight_TGF = classifier.tail.weight
     parts = [weight_TGF[at : at + GROUPS_AT_ONCE].float().abs().mean(dim=(1, 2)) for at in range(0, len(weight_TGF), GROUPS_AT_ONCE)]
     mean_T = torch.cat(parts) if parts else weight_TGF.new_zeros(0, dtype=torch.float32)
-    total = sum_over_ranks(torch.stack([mean_T.double().sum(), mean_T.new_tensor(len(mean_T)).double()]), world)
-    return int(sum_over_ranks((mean_T < DEAD * total[0] / total[1].clamp(min=1)).sum().reshape(1), world))
+    total = sum_over_ranks(torch.stack([mean_T.double().sum(), mean_T.new_tensor(len(mean_T)).double()]), world.shards)
+    return int(sum_over_ranks((mean_T < DEAD * total[0] / total[1].clamp(min=1)).sum().reshape(1), world.shards))
 
 
 def _is_there(look: Look) -> bool:

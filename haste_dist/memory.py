@@ -4,8 +4,9 @@ Held always: the output layer's and the encoder's state. On top of it each phase
 phase. Each term says what in the code makes it; tests hold them against runs. Pure but for the encoder, which runs without memory
 (dry_run.py). On a GPU the Triton kernels are counted, on a CPU plain torch.
 
-Letters: L labels, W ranks, N texts of the global batch, B of one rank, S tokens, D width, M most labels of a text, H head rows, T tail
-groups, G rows a group, F fan-in (H and T of the rank that has most), P parameters of the encoder, NP = N padded to a tile.
+Letters: L labels, W ranks, N texts of the global batch (or of a replica of the labels), B of one rank, S tokens, D width, M most labels
+of a text, H head rows, T tail groups, G rows a group, F fan-in (H and T of the rank that has most), P parameters of the encoder, NP = N
+padded to a tile.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from haste_dist.config import Config
 from haste_dist.dry_run import EncoderNeeds, dry_run
 from haste_dist.graphs import MOST_TOKENS
 from haste_dist.label_groups import head_size
-from haste_dist.sharding import label_shard
+from haste_dist.replicas import ELEMENTS
+from haste_dist.sharding import label_parts, label_shard
 
 GIB = 1 << 30
 STEP_PHASES = ("encoder forward", "output layer", "encoder backward", "optimizer")
@@ -27,6 +29,7 @@ TILE = 64  # most batch rows of a tile
 RUN, COPIES_BYTES, SCRATCH_BYTES = 128, 24 << 20, 256 << 20  # triton_dx.py: float16 copies of dx, the deterministic mode
 HEAD_BYTES, HEAD_ROWS = 64 << 20, 128  # triton_head.py: a chunk's dz, most rows of a tile
 TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN = 128 << 20, 4096, 16, 256  # triton_topk.py: block maxima of a chunk
+ROUNDING = 22  # update.py and rounding.py: of each weight, where it is rounded at random by plain torch
 PLAIN_BYTES = {"cuda": 1 << 30, "cpu": 8 << 20}  # chunks.py: a chunk of plain torch
 # Not counted: the CUDA context, NCCL's buffers, gaps between blocks of the allocator. This much is kept free for them.
 RESERVE_GIB, RESERVE_SHARE = 1.0, 0.03
@@ -73,15 +76,17 @@ class MemoryPlan:
 def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None) -> MemoryPlan:
     """The rank with the most labels. ``known``: of the same encoder with another batch. Raises ConfigError where it cannot be built."""
     cuda = facts.device == "cuda"
-    output, n = config.output, config.train.batch_size
-    b = -(-n // facts.ranks)
+    output, whole = config.output, config.train.batch_size
+    b = -(-whole // facts.ranks)
+    parts = label_parts(config.launch.label_parallel, facts.ranks)
+    n = min(whole, parts * b)
     precision = config.encoder.precision if config.encoder.precision != "auto" else ("bfloat16" if cuda else "float32")
     x_dtype: torch.dtype = getattr(torch, precision)
     s = config.data.max_length
     needs = known.of_rows(b) if known else dry_run(config.encoder, facts.vocabulary, facts.pad_id, b, s, x_dtype)
     d, x_bytes = needs.width, x_dtype.itemsize
     head_width, tail_width = feature_slice(output.head_features, d).width, feature_slice(output.tail_features, d).width
-    h, t = shard_sizes(facts.labels, output.head_fraction, output.group_size, facts.ranks)
+    h, t = shard_sizes(facts.labels, output.head_fraction, output.group_size, parts)
     weight, momentum = (dtype.itemsize for dtype in stored_dtypes(output, cuda))
     momentum = momentum if output.momentum else 0
     weights = h * head_width + t * output.group_size * output.fan_in
@@ -98,11 +103,17 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         "batch": b * s * 16 + (b + n) * facts.most_labels * 8,
         "embeddings and their gradient": n * d * (x_bytes + 4) + b * d * (x_bytes + 16),
     }
-    masked = {
-        "dropout of the head's or tail's input": 2 * n * max(head_width * bool(output.head_dropout), tail_width * bool(output.tail_dropout))
-        * (x_bytes + 2)
-    }  # fmt: skip
-    work = max(_head_workspace(cuda, n, h, head_width, weight, x_bytes), _tail_workspace(config, cuda, n, t, tail_width, weight, x_bytes))
+    dropped = max(head_width * bool(output.head_dropout), tail_width * bool(output.tail_dropout))
+    masked = {"dropout of the head's or tail's input": (2 * n * (x_bytes + 2) + (whole - n) * x_bytes) * dropped}
+    rows, groups = h, t
+    summed = update = 0
+    if parts < facts.ranks:  # replicas.py takes the layer by chunks, two of whose gradients there are at once
+        rows, groups = min(h, max(1, ELEMENTS // head_width)), min(t, max(1, ELEMENTS // (output.group_size * output.fan_in)))
+        chunk = max(rows * head_width, groups * output.group_size * output.fan_in)
+        summed = 4 * chunk * (1 if (rows, groups) == (h, t) else 2) + 4 * n * max(head_width, tail_width)
+        update = ROUNDING * chunk if {1, HALF} & {weight, momentum} else 0
+    head_work = _head_workspace(cuda, n, rows, head_width, weight, x_bytes)
+    work = max(head_work, _tail_workspace(config, cuda, n, groups, tail_width, weight, x_bytes), update)
     joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
     forward, between, backward = needs.forward, needs.kept, needs.backward
     if cuda and needs.replays and b * s <= MOST_TOKENS:  # recorded passes keep their activations' memory, and a gradient
@@ -116,6 +127,8 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size),
         "making the initial weights": {"random numbers": min(1 << 28, 16 * weights) + min(PLAIN_BYTES[facts.device], 64 * t * tail_width)},
     }
+    if summed:
+        phases["output layer"]["gradients summed over replicas"] = summed
     if config.train.accumulation > 1:  # gradients of earlier micro-batches
         for name in ("encoder forward", "output layer"):
             phases[name]["gradients"] = gradients
@@ -123,7 +136,7 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         each = 64 * tail_width + output.fan_in * (16 * output.group_size + 32)  # a group's random keys, scores and moved weights
         phases["rewiring"] = {"scores, keys and moved weights of some groups": min(PLAIN_BYTES[facts.device], each * t)}
         if config.rewire.grow == "gradient":
-            kept = {"kept batches": config.rewire.batches * n * (tail_width * x_bytes + facts.most_labels * 8)}
+            kept = {"kept batches": config.rewire.batches * whole * (tail_width * x_bytes + facts.most_labels * 8)}
             phases = {name: {**phase, **kept} for name, phase in phases.items()}
     return MemoryPlan(held, phases, needs)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from haste_dist.classifier import Classifier, check_slice, embedding_width, feature_slice
+from haste_dist.classifier import KERNELS, Classifier, check_slice, embedding_width, feature_slice
 from haste_dist.config import Config, EncoderConfig, check_fan_in, save_config
 from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, model_config, tokenizer_fingerprint
 from haste_dist.engine import EncoderEngine
@@ -18,6 +18,7 @@ from haste_dist.errors import ConfigError, DataError
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, LabelOrder, head_size, load_label_order
 from haste_dist.manifest import Manifest, read_manifest
 from haste_dist.mirror import local_copy
+from haste_dist.replicas import summed_over
 from haste_dist.sealed import CHECKSUMS
 from haste_dist.sharding import label_shard
 from haste_dist.verify import CONFIG, ENCODER_FOLDER, seal_run
@@ -77,8 +78,10 @@ def make_encoder(config: Config, manifest: Manifest, pretrained: bool = True) ->
 
 def make_classifier(config: Config, order: LabelOrder, width: int, world: World) -> Classifier:
     """This rank's share of the output layer, with initial weights."""
-    shard = label_shard(order.head_rows, order.groups, order.group_size, order.labels, world.size, world.rank)
-    return Classifier(config.output, shard, width, config.run.seed, world.device)
+    shards, copies = world.shards, world.copies
+    shard = label_shard(order.head_rows, order.groups, order.group_size, order.labels, shards.size, shards.rank)
+    steps = summed_over(copies) if copies.size > 1 else KERNELS
+    return Classifier(config.output, shard, width, config.run.seed, world.device, steps)
 
 
 def prior_bias(config: Config, manifest: Manifest) -> float:

@@ -6,6 +6,9 @@ score and replace; here the choice is made, for each group on its own or over th
 With grow=gradient (RigL, arXiv 1911.11134, for groups) the last batches before a rewiring are kept: embeddings and label rows,
 which every rank has. A checkpoint written among them holds them too, so that a resumed run chooses as an unbroken one does: the
 embeddings cannot be computed again, for the encoder has moved on since.
+
+Replicas of the same groups (``launch.label_parallel``) choose the same: they score equal weights, and the sum of the gradients' scores, of
+which each makes those of some batches.
 """
 
 from dataclasses import dataclass
@@ -17,8 +20,10 @@ from haste_dist.classifier import Classifier, counted_from, sort_positives
 from haste_dist.collectives import sum_over_ranks
 from haste_dist.config import RewireConfig
 from haste_dist.schedule import rewire_fraction
-from haste_dist.world import World
+from haste_dist.world import Ranks, World
 from haste_kernels import FeatureScores, Prune, TailState, connection_scores, gradient_scores, prune_and_regrow, scoring_spans
+
+ALONE = Ranks(0, 1)
 
 
 @dataclass(frozen=True)
@@ -34,20 +39,20 @@ def rewire(classifier: Classifier, config: RewireConfig, fraction: float, step: 
     """Replaces the weakest connections of the tail. Every rank calls it at the same step; the outcome does not depend on W."""
     tail = classifier.tail
     total = classifier.shard.all_groups * tail.weight.shape[2]
-    prune = weakest(tail, config, fraction, total, world)
-    wanted = gradients(classifier, config.batches) if config.grow == "gradient" and len(tail.weight) else None
+    prune = weakest(tail, config, fraction, total, world.shards)
+    wanted = gradients(classifier, config.batches, world.copies) if config.grow == "gradient" and len(tail.weight) else None
     replaced = prune_and_regrow(tail, prune, classifier.tail_slice.width, classifier.seed, step, wanted)
     classifier.kept.clear()
-    replaced = int(sum_over_ranks(torch.tensor([replaced], device=tail.weight.device), world))
+    replaced = int(sum_over_ranks(torch.tensor([replaced], device=tail.weight.device), world.shards))
     return Rewired(replaced, total, fraction)
 
 
-def weakest(tail: TailState, config: RewireConfig, fraction: float, total: int, world: World) -> Prune:
-    """Which connections go. ``total`` of all ranks; every rank calls it."""
+def weakest(tail: TailState, config: RewireConfig, fraction: float, total: int, shards: Ranks) -> Prune:
+    """Which connections go. ``total`` of all shards; every rank calls it."""
     if config.prune == "group":
         return lambda first, last: lowest_per_group(connection_scores(tail, first, last), fraction)
     if config.prune == "global":
-        limit = limit_of_lowest(tail, round(fraction * total), world)
+        limit = limit_of_lowest(tail, round(fraction * total), shards)
         return lambda first, last: _bits(connection_scores(tail, first, last)) <= limit
     return lambda first, last: connection_scores(tail, first, last) < config.threshold
 
@@ -61,8 +66,11 @@ def keeps_batch(config: RewireConfig, step: int, total: int) -> bool:
     return due and next_one - step < config.batches
 
 
-def gradients(classifier: Classifier, batches: int) -> FeatureScores:
-    """Scores of features: |dloss/dw| over the labels of a group, at the weights of now, summed over the last ``batches`` kept."""
+def gradients(classifier: Classifier, batches: int, copies: Ranks = ALONE) -> FeatureScores:
+    """Scores of features: |dloss/dw| over the labels of a group, at the weights of now, summed over the last ``batches`` kept.
+
+    The scores are the same on the ranks of ``copies``, all of which ask for the same groups in turn.
+    """
     tail = classifier.tail
     kept = [(x, counted_from(sort_positives(rows), tail.first_row)) for x, rows in classifier.kept[-batches:]]
     if not kept:
@@ -70,9 +78,9 @@ def gradients(classifier: Classifier, batches: int) -> FeatureScores:
 
     def scores(first: int, last: int) -> Tensor:
         total = torch.zeros(last - first, classifier.tail_slice.width, device=tail.weight.device)
-        for x_ND, positives in kept:
+        for x_ND, positives in kept[copies.rank :: copies.size]:
             total += gradient_scores(x_ND, positives, tail, classifier.config.loss, first, last)  # type: ignore[arg-type]
-        return total
+        return sum_over_ranks(total, copies)
 
     return scores
 
@@ -84,8 +92,8 @@ def lowest_per_group(scores_TF: Tensor, fraction: float) -> Tensor:
     return torch.zeros_like(scores_TF, dtype=torch.bool).scatter_(1, order[:, :count], True)
 
 
-def limit_of_lowest(tail: TailState, count: int, world: World) -> int:
-    """The bits of the ``count``-th lowest score of all ranks; -1, below all, where ``count`` is 0, and the highest where it is too many.
+def limit_of_lowest(tail: TailState, count: int, shards: Ranks) -> int:
+    """The bits of the ``count``-th lowest score of all shards; -1, below all, where ``count`` is 0, and the highest where it is too many.
 
     Non-negative floats order as their bits do: counting the scores by one byte after another finds the limit without moving or
     keeping any. Every rank calls it.
@@ -98,7 +106,7 @@ def limit_of_lowest(tail: TailState, count: int, world: World) -> int:
         for first, last in scoring_spans(tail):
             byte = (_bits(connection_scores(tail, first, last)) >> shift) - (known << 8)
             counts += torch.bincount(byte[(byte >= 0) & (byte < 256)], minlength=256)
-        up_to = sum_over_ranks(counts, world).cumsum(0).tolist()
+        up_to = sum_over_ranks(counts, shards).cumsum(0).tolist()
         count = min(count, up_to[-1])
         byte_of_limit = next(i for i, so_far in enumerate(up_to) if so_far >= count)
         count -= up_to[byte_of_limit - 1] if byte_of_limit else 0

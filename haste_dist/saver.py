@@ -93,6 +93,8 @@ class Saver:
     ):
         """``fingerprint``: of the label order that the rows follow; ``told`` hears of each published checkpoint, on the caller's thread."""
         self.folder, self.config, self.world, self.fingerprint, self.told = folder, config, world, fingerprint, told
+        self._own = rows_file(world.shards.rank, world.shards.size)
+        self._writes = world.copies.rank == 0  # of replicas of the label rows the first writes them
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -103,8 +105,9 @@ class Saver:
 
     def reserve(self, classifier: Classifier) -> None:
         """Takes the host memory that saves need, as much as ``classifier.bytes()``: page-locked memory takes its time."""
-        for name, (tensor, _) in classifier.tensors().items():
-            self._host_copy(name, tensor)
+        if self._writes:
+            for name, (tensor, _) in classifier.tensors().items():
+                self._host_copy(name, tensor)
 
     def save(self, state: RunState, engine: EncoderEngine, classifier: Classifier) -> None:
         """Starts to write ``folder``/step-N and returns once all is copied; waits first if the save before it still runs.
@@ -117,12 +120,7 @@ class Saver:
         weights, moments = engine.state()
         lost = _find_not_finite({**weights, **{name: tensor for name, (tensor, _) in classifier.tensors().items()}})
         problem = f"{lost} is not finite at step {state.step}; {ADVICE}" if lost else ""
-        rows = {}
-        for name, (tensor, _) in classifier.tensors().items():
-            rows[name] = self._host_copy(name, tensor)
-            rows[name].copy_(tensor, non_blocking=True)
-        starts = {name: str(start) for name, (_, start) in classifier.tensors().items()}
-        files = {rows_file(self.world.rank, self.world.size): (rows, starts)}
+        files = {self._own: self._copy_rows(classifier)} if self._writes else {}
         if self.world.is_first:
             files |= {ENCODER: (weights, {}), OPTIMIZER: (moments, {})}
             if classifier.kept:  # a few MB, the same on all ranks
@@ -134,6 +132,15 @@ class Saver:
         # A daemon: a process that ends by an error must not wait for ranks that are gone.
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def _copy_rows(self, classifier: Classifier) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What the file of this rank's label rows holds: tensors on their way to the host, and where each begins."""
+        rows, starts = {}, {}
+        for name, (tensor, start) in classifier.tensors().items():
+            rows[name] = self._host_copy(name, tensor)
+            rows[name].copy_(tensor, non_blocking=True)
+            starts[name] = str(start)
+        return rows, starts
 
     def failed(self) -> bool:
         """Whether a save has failed so far; does not wait. Tells of one that is complete by now."""
@@ -197,12 +204,10 @@ class Saver:
 
         problem = _attempt(write_files, final)
         wrote = time.perf_counter() - began
-        own = rows_file(self.world.rank, self.world.size)
-        pages = self._agree(
-            {"problem": problem, "file": own, "record": dataclasses.asdict(records[own]) if own in records else {}}, partial
-        )
+        own = dataclasses.asdict(records[self._own]) if self._own in records else {}
+        pages = self._agree({"problem": problem, "file": self._own, "record": own}, partial)
         problem = ""
-        files = {page["file"]: page["record"] for page in pages}
+        files = {page["file"]: page["record"] for page in pages if page["record"]}
         if self.world.is_first:
             files |= {name: dataclasses.asdict(record) for name, record in records.items()}
             problem = _attempt(lambda: self._publish(job.state, files, partial, final), final)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from haste_dist.errors import ConfigError
+
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -54,6 +56,19 @@ def label_shard(head_rows: int, groups: int, group_size: int, labels: int, ranks
     return LabelShard(*span(head_rows, ranks, rank), *span(groups, ranks, rank), head_rows, group_size, labels)
 
 
+def label_parts(label_parallel: int, ranks: int) -> int:
+    """P: into how many shards the labels are cut, for ``launch.label_parallel`` (0: one a rank). Raises ConfigError unless P divides W."""
+    if not label_parallel:
+        return ranks
+    if ranks % label_parallel:
+        fitting = ", ".join(str(parts) for parts in range(1, ranks + 1) if ranks % parts == 0)
+        raise ConfigError(
+            f"launch.label_parallel={label_parallel} does not divide the {ranks} rank{'s' if ranks > 1 else ''} of this run; "
+            f"set it to one of {fitting} (or 0), or start a multiple of {label_parallel} ranks"
+        )
+    return label_parallel
+
+
 def spread(count: int) -> np.ndarray:
     """(count,) int64: an order of ``range(count)`` in which every range of places holds its share of small and of large numbers.
 
@@ -71,3 +86,25 @@ def batch_share(rows: int, ranks: int, rank: int) -> tuple[int, int, int]:
     """
     padded = -(-rows // ranks)
     return min(rows, rank * padded), min(rows, (rank + 1) * padded), padded
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows start..stop-1 of a global batch of ``total`` rows."""
+
+    start: int
+    stop: int
+    total: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def all_rows(rows: int) -> Rows:
+    return Rows(0, rows, rows)
+
+
+def replica_rows(rows: int, padded: int, ranks: int, replica: int) -> Rows:
+    """What the ``ranks`` ranks of a replica have together of ``rows`` batch rows, by ``batch_share``; the last replicas may have none."""
+    each = ranks * padded
+    return Rows(min(rows, replica * each), min(rows, (replica + 1) * each), rows)

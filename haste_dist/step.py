@@ -7,6 +7,9 @@ dx_ND = classifier.step(x_ND, labels_NM)     every rank steps its own labels
 dx_BD = scatter(dx_ND)                       summed over label shards, in float32
 encoder.backward(x_BD, dx_BD); encoder.step()
 
+With replicas of the label shards (``launch.label_parallel``) "the whole batch" is the replica's rows of it, and the classifier sums its
+gradients over the replicas.
+
 A batch too large for the encoder goes through it in several passes (gradient caching, arXiv 2101.06983): all embeddings first, without
 a graph but for the last; after the classifier's one step each pass is run again with a graph, with the dropout it had, and
 backward. So the memory is that of one pass and the update that of one large batch.
@@ -24,6 +27,7 @@ from haste_dist.collectives import gather_rows, scatter_rows, start_gather, sum_
 from haste_dist.engine import EncoderEngine
 from haste_dist.guards import Guard
 from haste_dist.loader import Batch
+from haste_dist.sharding import replica_rows
 from haste_dist.world import World
 from haste_kernels import merge_topk
 
@@ -53,7 +57,9 @@ def train_step(
     ``keep``: the output layer keeps the batch for the next rewiring; ``guard`` looks at the numbers of the step.
     """
     device = world.device
-    gathering = start_gather(batch.label_rows.to(device, non_blocking=True), batch.rows, world)
+    place = replica_rows(batch.rows, len(batch.input_ids), world.shards.size, world.copies.rank)
+    labels_BM = batch.label_rows.to(device, non_blocking=True)
+    gathering = start_gather(labels_BM, len(place), world.shards)
     passes = min(passes, len(batch.input_ids))
     ids_bS = batch.input_ids.to(device, non_blocking=True).tensor_split(passes)
     mask_bS: Sequence[Tensor | None] = [None] * passes
@@ -66,7 +72,7 @@ def train_step(
 
     x_bD = [forward(i, graph=i == passes - 1) for i in range(passes)]
     x_BD = torch.cat([x.detach() for x in x_bD])
-    x_ND = gather_rows(x_BD, batch.rows, world)
+    x_ND = gather_rows(x_BD, len(place), world.shards)
     labels_NM = gathering.wait()
     updates = engine.trains and (step + 1) % accumulation == 0
     if guard is not None and guard.skips(step + 1, batch, x_ND):
@@ -74,12 +80,14 @@ def train_step(
         if updates and others and (norm := engine.step(lr_encoder)) is not None:
             guard.watch(step + 1, batch, **{GRADIENT: norm})
         return None
-    dx_ND, loss = classifier.step(x_ND, labels_NM, lr_output, step, want_loss)
-    if keep:
+    dx_ND, loss = classifier.step(x_ND, labels_NM, lr_output, step, want_loss, place)
+    if keep and world.copies.size == 1:
         classifier.keep(x_ND, labels_NM, step)
+    elif keep:  # what features gain is known from the whole batch only
+        classifier.keep(gather_rows(x_BD, batch.rows, world), gather_rows(labels_BM, batch.rows, world), step)
     norm = None
     if engine.trains:
-        dx_BD = scatter_rows(dx_ND, len(batch.input_ids), world) / accumulation
+        dx_BD = scatter_rows(dx_ND, len(batch.input_ids), world.shards) / accumulation
         dx_bD = dx_BD.tensor_split(passes)
         for i in reversed(range(passes)):
             engine.backward(x_bD[i] if i == passes - 1 else forward(i, graph=True), dx_bD[i])
@@ -97,14 +105,18 @@ def dropout_seed(seed: int, step: int, rank: int, number: int) -> int:
 
 
 def predict_batch(engine: EncoderEngine, classifier: Classifier, batch: Batch, world: World, k: int) -> tuple[Tensor, Tensor]:
-    """Scores (N, K) and global label rows (N, K) of a batch, over the labels of all ranks; the same on each rank."""
+    """Scores (N, K) and global label rows (N, K) of a batch, over the labels of all ranks; the same on each rank.
+
+    Replicas each score the whole batch: a product's last bits may depend on its number of rows, and scores are the same on any ranks.
+    """
     device = world.device
     x_BD = engine.embed(batch.input_ids.to(device), None if batch.is_full else batch.attention_mask.to(device))
     x_ND = gather_rows(x_BD, batch.rows, world)
     scores_NK, rows_NK = classifier.topk(x_ND, k)
-    if world.size == 1:
+    shards = world.shards
+    if shards.size == 1:
         return scores_NK, rows_NK
     # Concatenated along K: gather wants one leading axis, so K candidates a rank travel transposed.
-    scores = gather_rows(scores_NK.T.contiguous(), world.size * k, world).T
-    rows = gather_rows(rows_NK.T.contiguous(), world.size * k, world).T
+    scores = gather_rows(scores_NK.T.contiguous(), shards.size * k, shards).T
+    rows = gather_rows(rows_NK.T.contiguous(), shards.size * k, shards).T
     return merge_topk(scores.contiguous(), rows.contiguous(), k)

@@ -37,7 +37,7 @@ from haste_dist.schedule import due, rewire_fraction, warmup_cosine
 from haste_dist.step import train_step
 from haste_dist.trackers import check_trackers, open_trackers
 from haste_dist.verify import check_data
-from haste_dist.world import World
+from haste_dist.world import World, split_world
 
 CHECKPOINTS = "checkpoints"
 LOCK_SECONDS = 120.0  # that a start waits for ranks of an earlier one; a network file system may take long to see that they are gone
@@ -133,6 +133,7 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
 
 def _train(config: Config, world: World, wants_stop: Callable[[], bool]) -> Outcome:
     config = make_deterministic(config) if config.run.deterministic else config
+    world = split_world(world, config.launch.label_parallel, config.launch.timeout)
     run = Path(config.run.folder)
     saved = run / CHECKPOINTS
     with same_error(world):
@@ -177,6 +178,7 @@ def _train(config: Config, world: World, wants_stop: Callable[[], bool]) -> Outc
         steps=plan.last,
         steps_per_epoch=plan.per_epoch,
         ranks=world.size,
+        label_shards=world.shards.size,
         device=str(world.device),
         labels=prepared.order.labels,
         texts=len(texts),

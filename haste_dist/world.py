@@ -1,21 +1,38 @@
 """The ranks of a run and the device of this one. Knows torch.distributed only: Ray, torchrun or nobody may have started us."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from haste_dist.errors import ConfigError
+from haste_dist.sharding import label_parts
 
 
 @dataclass(frozen=True)
-class World:
+class Ranks:
+    """Some ranks that exchange tensors with each other, and the place of this one among them."""
+
     rank: int
     size: int
+    group: dist.ProcessGroup | None = field(default=None, kw_only=True)  # None: the default one, of all ranks
+
+
+@dataclass(frozen=True)
+class World(Ranks):
+    """All ranks: W = P label shards x R replicas of them. Rank r owns shard r mod P in replica r // P; R is 1 unless split."""
+
     device: torch.device
     control: dist.ProcessGroup  # gloo, for small host-side messages that must not touch the GPU's stream
+    replica: Ranks | None = field(default=None, kw_only=True)
+    copies: Ranks = field(default=Ranks(0, 1), kw_only=True)  # the R ranks that own this rank's shard; place: the replica's number
+
+    @property
+    def shards(self) -> Ranks:
+        """The P ranks that share all labels among them and see the same rows of a batch: those of this replica, or all."""
+        return self.replica or self
 
     @property
     def is_first(self) -> bool:
@@ -54,6 +71,20 @@ def join_world(device: str | torch.device = "auto", timeout: float = 600.0) -> W
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, even for one rank
     return World(dist.get_rank(), dist.get_world_size(), chosen, dist.new_group(backend="gloo", timeout=limit))
+
+
+def split_world(world: World, label_parallel: int, timeout: float = 600.0) -> World:
+    """The world as replicas of ``label_parallel`` label shards; 0: as it is. Every rank calls it. Raises ConfigError."""
+    parts = label_parts(label_parallel, world.size)
+    copies = world.size // parts
+    if copies == 1:
+        return world
+    grid = torch.arange(world.size).view(copies, parts)
+    limit = timedelta(seconds=timeout)
+    within, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=limit)
+    across, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=limit)
+    number, shard = divmod(world.rank, parts)
+    return replace(world, replica=Ranks(shard, parts, group=within), copies=Ranks(number, copies, group=across))
 
 
 def alone(device: str) -> World:

@@ -54,15 +54,18 @@ def wait_for_ranks(
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """How many ranks to start after a failure: ``wanted`` as soon as the cluster has room for them, or after ``launch.wait`` seconds what
-    it has, if ``launch.elastic`` allows fewer. 0 if somebody asked to stop. Raises HasteError where there is too little room."""
-    end = clock() + config.launch.wait
+    it has, if ``launch.elastic`` allows fewer: whole replicas, where the labels have some. 0 if somebody asked to stop. Raises HasteError
+    where there is too little room."""
+    end, parts = clock() + config.launch.wait, config.launch.label_parallel or 1
     while (have := available()) < wanted:
         if clock() >= end:
-            if config.launch.elastic and have:
-                return have
+            if config.launch.elastic and have >= parts:
+                return have // parts * parts
+            too_few = config.launch.elastic and 0 < have < parts
+            room = f"{have} of {wanted}, after {config.launch.wait:g} s{f', and label_parallel={parts} needs {parts}' if too_few else ''}"
             raise HasteError(
-                f"the run lost ranks and cannot go on: the cluster has room for {have} of {wanted}, after {config.launch.wait:g} s; "
-                "the same command resumes it once they are back, launch.elastic=true with fewer"
+                f"the run lost ranks and cannot go on: the cluster has room for {room}; "
+                f"the same command resumes it once they are back, launch.{'label_parallel=0' if too_few else 'elastic=true'} with fewer"
             )
         if pause(COUNT_SECONDS):
             return 0

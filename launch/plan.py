@@ -115,6 +115,7 @@ def load_of_run(config: Config, facts: Facts, made: MemoryPlan, tokens: int) -> 
         encoder_flops=made.encoder.work.flops(n * tokens, n * tokens**2),
         parameters=made.encoder.trained,
         partitioned=encoder.zero > 0 or sizes[encoder.precision] == 2,
+        label_parallel=config.launch.label_parallel,
     )
 
 

@@ -19,6 +19,7 @@ from haste_dist.config import Config, check
 from haste_dist.errors import ConfigError, Interrupted
 from haste_dist.manifest import read_manifest
 from haste_dist.mirror import local_copy
+from haste_dist.sharding import label_parts
 from haste_dist.storage import whole_address
 from haste_launch.attempts import until_done, user_error
 from haste_launch.progress import Progress
@@ -56,13 +57,15 @@ def _check_folder(config: Config) -> None:
 
 
 def check_memory(config: Config, prepared: "Prepared") -> None:
-    """Refuses a run that would fill its GPUs, where this machine has such GPUs to ask. Raises ConfigError."""
+    """Refuses ranks that ``launch.label_parallel`` does not divide, and a run that would fill its GPUs, where this machine has such GPUs to
+    ask. Raises ConfigError."""
     import ray
     import torch
 
     from haste_dist.fits import check_fits, facts_of
 
     ranks, on_gpu = count_ranks(config, ray.cluster_resources())
+    label_parts(config.launch.label_parallel, ranks)
     if config.launch.check_memory and on_gpu and torch.cuda.is_available():
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30
         check_fits(config, facts_of(prepared.manifest, ranks, "cuda"), gib, torch.cuda.get_device_name(0))

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from haste_dist.config import Config
 from haste_dist.cost_model import FEWEST, FILE, CostModel, Load, Network, fit, kept_path, load_of_row
-from haste_dist.errors import Interrupted
+from haste_dist.errors import ConfigError, Interrupted
 from haste_dist.measure import Effort, OutOfMemory, device_name
 from haste_dist.records import stamp
 from haste_dist.study import Efficiency, Point, Row, add_row, layer_ms, measured, missing, read_study, strong_scaling, weak_scaling
@@ -61,7 +61,11 @@ def scale(config: Config, words: Words) -> int:
 
 
 def study_config(config: Config, words: Words) -> Config:
-    """The config with the study's folder as its run folder, paths absolute."""
+    """The config with the study's folder as its run folder, paths absolute. Raises ConfigError for what a study has no points of."""
+    if config.launch.label_parallel:
+        raise ConfigError(
+            f"launch.label_parallel={config.launch.label_parallel}: a scaling study measures ranks that share all labels; set it to 0"
+        )
     return absolute_paths(dataclasses.replace(config, run=dataclasses.replace(config.run, folder=os.fspath(words.out))))
 
 

@@ -86,6 +86,25 @@ def test_hosts_are_joined_by_the_links_that_were_said() -> None:
     assert not any("assumed" in note for note in within.notes)
 
 
+def test_replicas_of_the_labels_see_fewer_rows_and_sum_their_gradients() -> None:
+    model = fit(study())
+    shape: dict[str, Any] = {
+        "labels": 10**6, "ranks": 4, "batch": 4096, "tokens": 128, "width": 768, "head_rows": 10**4, "head_width": 768, "tail_width": 768,
+        "fan_in": 64, "group": 32, "weight_bytes": 2, "momentum_bytes": 2, "x_bytes": 2, "encoder_flops": 3.4e13, "parameters": 110_000_000,
+        "partitioned": True,
+    }  # fmt: skip
+    every, twice = load_of(**shape), load_of(**shape, label_parallel=2)
+    alone = load_of(**{**shape, "ranks": 2, "batch": 2048, "encoder_flops": 1.7e13})
+    assert (twice.copies, twice.shards, twice.rows, twice.labels_a_rank) == (2, 2, 2048, 500_000)
+    whole, found, half = (model.predict(load) for load in (every, twice, alone))
+    for part in ("head", "tail", "gather", "scatter"):
+        assert found.parts[part] == half.parts[part]
+    values = 5_000 * 768 + twice.tail_rows * 64
+    assert abs(found.parts["replicas"] / (2 * (4 * values * 5e-12 / 2 + 1e-5)) - 1) < 0.02
+    assert any("the update is left out" in note for note in found.notes)
+    assert "replicas" not in whole.parts
+
+
 def test_what_was_not_measured_is_said() -> None:
     model = fit(study())
     assert model.predict(load_of_row(row(10**7, 2))).notes == ()

@@ -193,3 +193,6 @@ def test_a_run_that_would_fill_its_gpus_is_refused_before_ranks_start(config: Co
     check_memory(config, open_prepared(config))
     config.launch.check_memory, config.launch.device = True, "cpu"
     check_memory(config, open_prepared(config))
+    config.launch.label_parallel = 3
+    with pytest.raises(ConfigError, match="label_parallel=3 does not divide the 2 ranks"):
+        check_memory(config, open_prepared(config))

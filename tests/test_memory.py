@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import run_ranks
 
-from haste_dist.classifier import Classifier
+from haste_dist import memory, replicas
+from haste_dist.classifier import KERNELS, Classifier
 from haste_dist.config import Config, load_config
 from haste_dist.dry_run import dry_run
 from haste_dist.encoder import build_encoder
@@ -34,10 +35,11 @@ from haste_dist.memory import (
     room,
     shard_sizes,
 )
+from haste_dist.replicas import summed_over
 from haste_dist.sharding import label_shard
 from haste_dist.step import train_step
 from haste_dist.synthetic import LabelLaw, synthetic_batch
-from haste_dist.world import World, join_world
+from haste_dist.world import World, join_world, split_world
 
 LAW = LabelLaw()
 BERT = ["encoder.name=scratch", "encoder.width=768", "encoder.layers=12", "encoder.heads=12", "train.batch_size=512"]
@@ -120,8 +122,10 @@ def step_within_plan(world: World, words: list[str], tolerance: float) -> None:
     engine = EncoderEngine(encoder, page.encoder, world)
     head = head_size(labels, page.output.head_fraction, page.output.group_size)
     groups = -(-(labels - head) // page.output.group_size)
-    shard = label_shard(head, groups, page.output.group_size, labels, world.size, world.rank)
-    classifier = Classifier(page.output, shard, encoder.width, 0, world.device)
+    world = split_world(world, page.launch.label_parallel)
+    shard = label_shard(head, groups, page.output.group_size, labels, world.shards.size, world.shards.rank)
+    steps = summed_over(world.copies) if world.copies.size > 1 else KERNELS
+    classifier = Classifier(page.output, shard, encoder.width, 0, world.device, steps)
     batch = synthetic_batch(LAW, labels, head, n, s, vocabulary, 0, 0, world.size, world.rank)
 
     def step(number: int) -> None:
@@ -146,6 +150,18 @@ def test_a_step_holds_what_was_planned(more: list[str]) -> None:
 
 def test_two_ranks_hold_what_was_planned() -> None:
     run_ranks(2, step_within_plan, [*SMALL, "train.batch_size=64"], 0.1)
+
+
+def replica_within_plan(world: World, cases: list[list[str]]) -> None:
+    """In chunks of fewer weights than a shard has; the gradients of two of them are there at once."""
+    replicas.ELEMENTS = memory.ELEMENTS = 2**17
+    for words in cases:
+        step_within_plan(world, words, 0.1)
+
+
+def test_replicas_hold_what_was_planned() -> None:
+    words = [*SMALL, "train.batch_size=64", "launch.label_parallel=1"]
+    run_ranks(2, replica_within_plan, [words, [*words, "output.weight_dtype=bfloat16", "train.batch_size=4"]])
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

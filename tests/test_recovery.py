@@ -191,5 +191,16 @@ def test_lost_ranks_are_waited_for(elastic: bool, room: list[int], expected: int
         assert wait_for_ranks(config, 2, lambda: next(left), pause, lambda: now.t) == expected
 
 
+@pytest.mark.parametrize(("room", "expected"), [(7, 6), (6, 6), (3, 3), (2, None)])
+def test_what_is_left_makes_whole_replicas(room: int, expected: int | None) -> None:
+    config = Config()
+    config.launch.elastic, config.launch.wait, config.launch.label_parallel = True, 0.0, 3
+    if expected is None:
+        with pytest.raises(HasteError, match=r"2 of 9, after 0 s, and label_parallel=3 needs 3;.* launch.label_parallel=0 with fewer"):
+            wait_for_ranks(config, 9, lambda: room, lambda _: False)
+    else:
+        assert wait_for_ranks(config, 9, lambda: room, lambda _: False) == expected
+
+
 def test_a_wish_to_stop_ends_the_waiting() -> None:
     assert wait_for_ranks(Config(), 2, lambda: 1, lambda _: True) == 0
