@@ -6,8 +6,7 @@ quarter of the time that the imports of a rank take.
 
 import contextlib
 import gc
-import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -22,12 +21,10 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def import_ahead(*modules: str) -> None:
-    """Imports modules that something will need. An error is left to whoever imports the module next.
+def import_ahead(load: Callable[[], None]) -> None:
+    """Runs ``load``, which imports what something will need. An error is left to whoever imports the module next.
 
-    In a thread beside another that imports Ray, none of them may import Ray: two threads in its circular imports can see halves of them.
+    In a thread beside another that imports Ray it may import nothing with Ray: two threads in its circular imports can see halves of them.
     """
-    with no_collection():
-        for module in modules:
-            with contextlib.suppress(Exception):
-                importlib.import_module(module)
+    with no_collection(), contextlib.suppress(Exception):
+        load()

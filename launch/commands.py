@@ -27,9 +27,15 @@ def prepare(args: Namespace) -> int:
     from haste_dist.prepare import prepare as prepare_data
     from haste_launch.ray_session import ray_session
 
-    with ray_session(settings, "haste_dist.encoder", "pandas"):  # pandas: Ray Data's
+    with ray_session(settings, _import_for_prepare):
         prepare_data(settings)
     return 0
+
+
+def _import_for_prepare() -> None:
+    import pandas  # noqa: F401  # Ray Data's
+
+    import haste_dist.encoder  # noqa: F401
 
 
 def train(args: Namespace) -> int:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from haste_dist.config import Config
@@ -18,9 +18,9 @@ OBJECT_STORE_BYTES = 2**30  # of a cluster of our own; blocks in flight are a fe
 
 
 @contextlib.contextmanager
-def ray_session(config: Config, *meanwhile: str) -> Iterator[None]:
+def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Joins ``launch.address`` or RAY_ADDRESS, or starts Ray on this machine, bound to 127.0.0.1, with token authentication;
-    where this process is connected already, that is used. ``meanwhile``: modules without Ray that a thread imports while Ray starts.
+    where this process is connected already, that is used. ``meanwhile`` imports what is needed after, but no Ray, in a thread.
 
     Raises ConfigError where a named cluster does not answer.
     """
@@ -34,7 +34,7 @@ def ray_session(config: Config, *meanwhile: str) -> Iterator[None]:
         return
     address = config.launch.address or os.environ.get("RAY_ADDRESS", "")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    threading.Thread(target=import_ahead, args=meanwhile, name="imports").start()
+    threading.Thread(target=import_ahead, args=(meanwhile,), name="imports").start()
     if address:
         try:
             ray.init(address=address, **quiet)

@@ -38,7 +38,7 @@ def train(config: Config) -> int:
     """Trains on all ranks; returns the exit status. Raises Interrupted after a stop by Ctrl-C, and HasteError."""
     config = absolute_paths(config)
     _check_folder(config)
-    with ray_session(config, "haste_dist.train", "pandas"):  # pandas: Ray Train's
+    with ray_session(config, _import_for_train):
         from haste_dist.train import check_run, restore
 
         restore(config)
@@ -48,6 +48,12 @@ def train(config: Config) -> int:
     if asked_by == signal.SIGINT:
         raise Interrupted(f"training stopped, everything is saved in {config.run.folder}; the same command goes on from there")
     return 0
+
+
+def _import_for_train() -> None:
+    import pandas  # noqa: F401  # Ray Train's
+
+    import haste_dist.train  # noqa: F401
 
 
 def _check_folder(config: Config) -> None:
@@ -169,17 +175,17 @@ def rank_main(payload: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from haste_dist.imports import import_ahead
+    from haste_dist.imports import no_collection
     from haste_dist.world import join_world
 
-    import_ahead("haste_dist.train")
     torch.set_num_threads(payload["threads"])
     config = config_from_dict(payload["config"])
     world = join_world(ray.train.torch.get_device() if payload["on_gpu"] else torch.device("cpu"), config.launch.timeout)
     if payload["task"] == "scale":
         measure_rank(config, world, payload, stop_reader(Path(config.run.folder) / STOP_FILE))
     elif payload["task"] == "train":
-        from haste_dist.train import train as train_rank
+        with no_collection():
+            from haste_dist.train import train as train_rank
 
         train_rank(config, world, stop_reader(Path(config.run.folder) / STOP_FILE))
     else:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from haste_dist.config import Config, load_config
 from haste_dist.errors import HasteError
-from haste_dist.imports import import_ahead
+from haste_dist.imports import no_collection
 
 
 def main(argv: list[str]) -> int:
@@ -28,8 +28,8 @@ def main(argv: list[str]) -> int:
         if argv[0] == "scale":
             return _scale(argv, lambda: bool(received))
         config = load_config(argv[0], argv[1:])
-        import_ahead("haste_dist.train")
-        from haste_dist.train import train
+        with no_collection():
+            from haste_dist.train import train
         from haste_dist.world import join_world, leave_world
         from haste_launch.progress import Progress
 

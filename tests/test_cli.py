@@ -198,7 +198,7 @@ def test_prepare_runs_inside_a_ray_session_and_train_gets_the_settings(monkeypat
     order: list[object] = []
 
     @contextlib.contextmanager
-    def session(config: Config, *meanwhile: str):  # type: ignore[no-untyped-def]
+    def session(config: Config, meanwhile: object):  # type: ignore[no-untyped-def]
         order.append("up")
         yield
         order.append("down")
