@@ -5,7 +5,7 @@ the defaults here, a YAML file (differences only), and ``a.b=c`` words on the co
 nearest valid one; values are range-checked before anything starts; the resolved page is saved in the run folder.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from haste_dist import page
@@ -14,6 +14,7 @@ from haste_dist.setting import setting
 from haste_dist.use_config import PredictConfig, ServeConfig
 
 GROUP_SIZES = (1, 16, 32, 64, 128)
+ENCODER_FOLDER = "encoder"  # of a run: its encoder's configuration and tokenizer
 LOGGERS = ("tensorboard", "mlflow", "wandb")
 
 
@@ -301,6 +302,11 @@ def check_fan_in(fan_in: int, width: int) -> None:
     """A label cannot read more distinct features than its slice of the embedding has. Raises ConfigError."""
     if fan_in > width:
         raise ConfigError(f"output.fan_in={fan_in} is larger than the {width} features that the tail reads; lower it to {width} or less")
+
+
+def encoder_settings_of(config: Config, run: Path) -> EncoderConfig:
+    """The settings that rebuild a run's encoder and tokenizer from its folder alone, weights aside."""
+    return replace(config.encoder, name=str(run / ENCODER_FOLDER), tokenizer="", layers=0)
 
 
 def save_config(config: Config, path: Path) -> None:

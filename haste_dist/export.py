@@ -28,12 +28,11 @@ from torch import Tensor
 from haste_dist import calibration, checkpoint, plain_predict
 from haste_dist.checkpoint import ENCODER, load_rows
 from haste_dist.classifier import Classifier, feature_slice
-from haste_dist.config import Config, load_config, save_config
+from haste_dist.config import ENCODER_FOLDER, Config, encoder_settings_of, load_config, save_config
 from haste_dist.dense import dense_layer, write_onnx
 from haste_dist.encoder import Encoder, build_encoder, load_tokenizer
 from haste_dist.errors import CheckpointError, DataError, HasteError
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, LabelOrder, load_label_order
-from haste_dist.model import ENCODER_FOLDER, encoder_settings_of
 from haste_dist.runlog import read_events
 from haste_dist.sealed import check_folder, read_checksums, seal_folder
 from haste_dist.tensor_file import write_tensors

@@ -24,7 +24,7 @@ from torch import Tensor
 from haste_dist import checkpoint
 from haste_dist.bisection import matmul, take
 from haste_dist.checkpoint import PAGE, PIECE, RunState
-from haste_dist.config import Config, load_config, save_config
+from haste_dist.config import ENCODER_FOLDER, Config, load_config, save_config
 from haste_dist.errors import CheckpointError, ConfigError, DataError
 from haste_dist.label_groups import (
     GROUPS_FILE,
@@ -39,7 +39,6 @@ from haste_dist.label_groups import (
 )
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, atomic_file, read_arrow
 from haste_dist.mirror import local_copy
-from haste_dist.model import ENCODER_FOLDER
 from haste_dist.packing import pack
 from haste_dist.prepare import prepare
 from haste_dist.sealed import seal

@@ -40,7 +40,7 @@ def inspect(kind: str, folder: str | Path) -> tuple[str, Path, Path]:
     folder = Path(folder)
     page = {"data": data_page, "labels": labels_page, "groups": groups_page}[kind](folder)
     text, image = folder / f"inspect-{kind}.md", folder / f"inspect-{kind}.png"
-    figure = draw(kind, page)
+    figure = draw(kind, page.title, page.series)
     with replacing(image) as file:
         figure.savefig(file, format="png", dpi=130)
     written = "\n".join([f"# {page.title}", "", *page.lines])

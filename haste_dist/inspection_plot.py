@@ -6,19 +6,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from haste_dist.inspection import Page
 from haste_dist.plot import BLUE, GREEN, GREY, ORANGE, tidy
 
 COLOURS = (BLUE, ORANGE, GREEN)
 BARS = 60  # most bars of a histogram
 
 
-def draw(kind: str, page: Page) -> Figure:
-    """The figure of a page of that kind."""
+def draw(kind: str, title: str, series: dict[str, NDArray]) -> Figure:
+    """The figure of a page of that kind; ``series``: the numbers behind it, by name."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(page.title, fontsize=12)
+    figure.suptitle(title, fontsize=12)
     axes = figure.subplots(1, 2)
-    {"data": _draw_data, "labels": _draw_labels, "groups": _draw_groups}[kind](axes, page.series)
+    {"data": _draw_data, "labels": _draw_labels, "groups": _draw_groups}[kind](axes, series)
     for axis in axes:
         tidy(axis)
         if axis.get_legend_handles_labels()[0]:

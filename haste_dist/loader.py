@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +16,9 @@ import torch
 from torch import Tensor
 
 from haste_dist import augmentation
-from haste_dist.config import Config
 from haste_dist.held_out import dev_rows
 from haste_dist.manifest import Manifest, open_split
 from haste_dist.sharding import batch_share
-
-if TYPE_CHECKING:
-    from haste_dist.ray_reader import RayBatches
 
 PREFETCHED = 4  # batches made ahead of the step
 ORDER_STREAM = 0  # keeps the random streams of one seed apart
@@ -187,16 +183,6 @@ class TrainingBatches:
                 epoch, at = epoch + 1, 0
 
         return ahead(self._maker.make, sequence())
-
-
-def training_batches(config: Config, maker: BatchMaker, batch_size: int, prepared: Path) -> "TrainingBatches | RayBatches":
-    """The training batches by the reader that ``data.reader`` names."""
-    wanted = (maker, batch_size, config.data.length_buckets, config.run.seed)
-    if config.data.reader == "mmap":
-        return TrainingBatches(*wanted)
-    from haste_dist.ray_reader import RayBatches
-
-    return RayBatches(*wanted, prepared, config.data)
 
 
 def scoring_batches(maker: BatchMaker, batch_size: int, limit: int = 0) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from haste_dist.classifier import KERNELS, Classifier, check_slice, embedding_width, feature_slice
-from haste_dist.config import Config, EncoderConfig, check_fan_in, save_config
+from haste_dist.config import ENCODER_FOLDER, Config, check_fan_in, save_config
 from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, model_config, tokenizer_fingerprint
 from haste_dist.engine import EncoderEngine
 from haste_dist.errors import ConfigError, DataError
@@ -21,7 +21,7 @@ from haste_dist.mirror import local_copy
 from haste_dist.replicas import summed_over
 from haste_dist.sealed import CHECKSUMS
 from haste_dist.sharding import label_shard
-from haste_dist.verify import CONFIG, ENCODER_FOLDER, seal_run
+from haste_dist.verify import CONFIG, seal_run
 from haste_dist.world import World
 
 
@@ -118,11 +118,6 @@ def save_run_files(run: Path, config: Config, encoder: Encoder, prepared: Path) 
         if path.is_file() and not (place.is_file() and filecmp.cmp(path, place, shallow=False)):
             os.replace(path, place)
     shutil.rmtree(made)
-
-
-def encoder_settings_of(config: Config, run: Path) -> EncoderConfig:
-    """The settings that rebuild a run's encoder and tokenizer from its folder alone, weights aside."""
-    return dataclasses.replace(config.encoder, name=str(run / ENCODER_FOLDER), tokenizer="", layers=0)
 
 
 def frozen_engine(config: Config, encoder: Encoder, world: World) -> EncoderEngine:

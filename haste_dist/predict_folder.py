@@ -23,6 +23,7 @@ import torch
 
 from haste_dist import predict
 from haste_dist.calibration import Calibration
+from haste_dist.config import encoder_settings_of
 from haste_dist.errors import ConfigError, DataError, HasteError
 from haste_dist.evaluate import Filters
 from haste_dist.label_groups import LABELS_FILE, ORDER_SCHEMA
@@ -79,7 +80,6 @@ def find_inputs(source: str | Path) -> list[Path]:
 def plan(files: ModelFiles, source: str | Path, out: str | Path, k: int, settings: PredictConfig) -> Job:
     """Makes ``out``, or finds it made for the same question. Raises ConfigError or DataError."""
     from haste_dist.encoder import load_tokenizer
-    from haste_dist.model import encoder_settings_of
     from haste_dist.tokens import tokenizer_rules
 
     inputs, out = find_inputs(source), Path(out)

@@ -20,12 +20,12 @@ from torch import Tensor
 from haste_dist import checkpoint
 from haste_dist.calibration import EXPORTED, Calibration, read_calibration
 from haste_dist.classifier import Classifier, embedding_width
-from haste_dist.config import load_config
+from haste_dist.config import encoder_settings_of, load_config
 from haste_dist.encoder import build_encoder, load_tokenizer
 from haste_dist.errors import CheckpointError
 from haste_dist.export import check_export, fill_encoder, fill_labels, is_export
 from haste_dist.label_groups import load_label_order
-from haste_dist.model import encoder_settings_of, frozen_engine
+from haste_dist.model import frozen_engine
 from haste_dist.predict import LabelNames
 from haste_dist.sharding import label_shard
 from haste_dist.tokens import tokenise, tokenizer_rules

@@ -21,11 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 from haste_dist import checkpoint
-from haste_dist.config import Config, EncoderConfig, load_config
+from haste_dist.config import Config, EncoderConfig, encoder_settings_of, load_config
 from haste_dist.encoder import build_encoder, load_tokenizer, resolve_name, tokenizer_fingerprint
 from haste_dist.errors import CheckpointError, ConfigError
 from haste_dist.manifest import Manifest
-from haste_dist.model import encoder_settings_of
 
 PROJECTED, PROJECTION_ENTRIES = 384, 8  # width of projected TF-IDF, and non-zeros of a token in it
 PIECE = 16384  # texts in memory at once

@@ -25,10 +25,11 @@ from haste_dist.evaluate import evaluate_texts
 from haste_dist.guards import Guard, LossSpikes, dead_groups
 from haste_dist.held_out import check_held_out
 from haste_dist.label_groups import GROUPS_FILE
-from haste_dist.loader import BatchMaker, open_texts, training_batches
+from haste_dist.loader import BatchMaker, open_texts
 from haste_dist.meters import StepTimer, encoder_work, peak_memory, stage, tail_traffic
 from haste_dist.model import Prepared, check_features, make_classifier, make_encoder, open_prepared, prior_bias, save_run_files
 from haste_dist.profiling import StepProfile
+from haste_dist.readers import training_batches
 from haste_dist.rewire import keeps_batch, rewire
 from haste_dist.run_lock import alone
 from haste_dist.runlog import RunLog

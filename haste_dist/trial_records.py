@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from haste_dist.classifier import embedding_width
+from haste_dist.config import ENCODER_FOLDER
 from haste_dist.errors import DataError
 from haste_dist.manifest import first_line
 from haste_dist.metrics import FREQUENCY_BINS
 from haste_dist.records import append_record
 from haste_dist.runlog import read_events
 from haste_dist.trials import Study, Trial, read_result
-from haste_dist.verify import ENCODER_FOLDER
 
 METRICS = {f"{name}@{k}": f"{name.lower()}_at_{k}" for name in ("P", "PSP", "nDCG") for k in (1, 3, 5)}
 METRICS |= {name: name for name in (f"r_at_5_freq_{bin}" for _, _, bin in FREQUENCY_BINS)}

@@ -17,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 from haste_dist import augmentation
 from haste_dist.checkpoint import ENCODER, OPTIMIZER, PAGE, STEP_NAME, complete, pointed, read_page, step_of, verify_files
 from haste_dist.classifier import embedding_width, feature_slice
-from haste_dist.config import load_config
+from haste_dist.config import ENCODER_FOLDER, load_config
 from haste_dist.errors import DataError, HasteError
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, ORDER_SCHEMA, LabelOrder, load_label_order
 from haste_dist.manifest import FILTER_SCHEMA, LABEL_SCHEMA, LABEL_TEXTS, MANIFEST, Manifest, Shard, open_split, read_arrow, read_manifest
 from haste_dist.sealed import CHECKSUMS, check_file, check_folder, read_checksums, seal_folder
 
-CONFIG, EXPORTED, ENCODER_FOLDER = "config.yaml", "output.safetensors", "encoder"
+CONFIG, EXPORTED = "config.yaml", "output.safetensors"
 PREPARE_AGAIN, TRAIN_AGAIN = "run haste prepare again", "haste train with the same settings writes it again"
 PIECE = 2**26  # numbers looked at at once
 P = ParamSpec("P")

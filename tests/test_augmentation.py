@@ -14,9 +14,10 @@ import haste_dist.prepare
 from haste_dist.augmentation import SPLIT, TWINS, kept_rows
 from haste_dist.config import Config
 from haste_dist.errors import ConfigError
-from haste_dist.loader import BatchMaker, open_texts, training_batches
+from haste_dist.loader import BatchMaker, open_texts
 from haste_dist.manifest import LABEL_SCHEMA, Manifest, open_split, read_arrow, read_manifest
 from haste_dist.prepare import prepare
+from haste_dist.readers import training_batches
 from haste_dist.train import check_run
 from haste_dist.verify import verify
 

@@ -81,14 +81,14 @@ def test_groups_that_nobody_embedded(tmp_path: Path) -> None:
     page = groups_page(folder)
     assert page.series == {}
     assert any("Nothing is known" in line for line in page.lines)
-    draw("groups", page)
+    draw("groups", page.title, page.series)
 
 
 def test_long_tails_of_lengths_end_in_one_bar() -> None:
     counts = np.zeros(5000, np.int64)
     counts[:50] = 100
     counts[4999] = 1
-    figure = draw("data", inspection.Page("made up", series={"train tokens": counts, "train labels": counts}))
+    figure = draw("data", "made up", {"train tokens": counts, "train labels": counts})
     assert sum(figure.axes[0].patches[0].get_data().values) == pytest.approx(100)
     assert figure.axes[0].patches[0].get_data().edges[-1] < 100
 

@@ -14,9 +14,10 @@ from tiny import make_prepared
 from haste_dist import ray_reader
 from haste_dist.config import Config
 from haste_dist.errors import ConfigError, DataError
-from haste_dist.loader import Batch, BatchMaker, open_texts, training_batches
+from haste_dist.loader import Batch, BatchMaker, open_texts
 from haste_dist.manifest import read_manifest
 from haste_dist.ray_reader import RayBatches, epoch_ranges
+from haste_dist.readers import training_batches
 
 
 @pytest.fixture(scope="module")
