@@ -24,7 +24,8 @@ from haste_kernels import (
 CUDA = torch.device("cuda")
 N, WIDTH, FAN_IN = 70, 72, 48  # no multiples of a tile
 ARGS = StepArgs(lr=0.05, scale=0.25, momentum=0.9, weight_decay=1e-3, seed=2**40 + 3, step=9)
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+NEW = torch.cuda.get_device_capability() >= (8, 9)  # reads float8
 
 
 def normal(*shape: int, dtype: torch.dtype | None = FP32) -> Tensor | None:
@@ -57,23 +58,28 @@ def tails() -> None:
     ):  # fmt: skip
         tail = tail_state(size, fan_in, BF16, momentum, bias)
         tail_step(x_ND, positives(tail.rows, times), tail, replace(ARGS, loss=loss))
+    if NEW:
+        for size, momentum in ((16, BF16), (64, None)):
+            tail = tail_state(size, FAN_IN, FP8, momentum, True)
+            tail_step(x_ND, positives(tail.rows, 1), tail, ARGS)
     tail = tail_state(16, 16, FP32, FP32, True)
     tail_step(x_ND.float(), positives(tail.rows, 1), tail, ARGS)
 
 
 def heads() -> None:
     triton_head.CHUNK_BYTES = 2 * N * 150  # two chunks and more
-    for dtype, momentum, bias, times in ((BF16, BF16, True, 2), (BF16, None, False, 0), (FP32, FP32, True, 1)):
+    kinds = [(BF16, BF16, True, 2), (BF16, None, False, 0), (FP32, FP32, True, 1), *([(FP8, BF16, True, 1)] if NEW else [])]
+    for dtype, momentum, bias, times in kinds:
         head = HeadState(
             normal(300, WIDTH, dtype=dtype), normal(300, WIDTH, dtype=momentum), normal(300) if bias else None,
             normal(300) if bias and momentum else None, 3,
         )  # fmt: skip
-        head_step(normal(N, WIDTH, dtype=dtype), positives(300, times), head, ARGS, want_loss=bias)
+        head_step(normal(N, WIDTH, dtype=BF16 if dtype == FP8 else dtype), positives(300, times), head, ARGS, want_loss=bias)
 
 
 def best() -> None:
-    for dtype, size, k in ((BF16, 16, 5), (BF16, 64, 100), (FP32, 32, 1)):
-        x_ND = normal(N, WIDTH, dtype=dtype)
+    for dtype, size, k in ((BF16, 16, 5), (BF16, 64, 100), (FP32, 32, 1), *([(FP8, 16, 5)] if NEW else [])):
+        x_ND = normal(N, WIDTH, dtype=BF16 if dtype == FP8 else dtype)
         head = HeadState(normal(600, WIDTH, dtype=dtype), None, normal(600), None, 0)
         topk(x_ND, x_ND, head, tail_state(size, FAN_IN, dtype, None, True, 2400 // size), k)
 
