@@ -231,12 +231,7 @@ class LaunchConfig:
     timeout: int = setting(600, "seconds after which a rank that does not answer counts as lost", low=1)
     elastic: bool = setting(False, "after a failure, go on with the GPUs (or CPUs) that are left")
     wait: float = setting(60.0, "seconds to wait after a failure for lost ranks to come back", low=0.0)
-    label_parallel: int = setting(
-        0,
-        "ranks that share the labels among them; the ranks are so many replicas of that, each with its part of the batch, and sum the"
-        " output layer's gradients (0: all ranks share the labels, each sees the whole batch)",
-        low=0,
-    )
+    label_parallel: int = setting(0, "ranks that share the labels; the rest are replicas, each with its part of the batch (0: all)", low=0)
     check_memory: bool = setting(True, "refuse a run whose planned memory is more than a GPU has (haste plan)")
 
 
