@@ -1,8 +1,8 @@
 """Held-out training texts as a data set of their own: a prepared folder whose test split they are, and which knows nothing else of them.
 
-A run with ``data.dev_fraction`` trains on none of its dev texts either, but label order, label embeddings and frequencies were made by
-prepare from all training texts. With few texts a label that matters: the mean embedding of a label seen once is that of its dev text.
-Here they are made from what is left, so that settings can be chosen by the dev texts as later they are judged by the test texts.
+A run with ``data.dev_fraction`` trains on none of its dev texts, and its label embeddings leave them out (held_out.py); but frequencies,
+and so the head, are those of all training texts, and each seed holds out others, which takes an order of its own. Here all is made from
+what is left, once for all seeds, so that settings can be chosen by the dev texts as later they are judged by the test texts.
 """
 
 import dataclasses

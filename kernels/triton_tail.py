@@ -289,7 +289,7 @@ def tail_step(
             AHEAD=config.ahead, WARPS=config.warps, num_warps=config.warps, **limit,
         )  # fmt: skip
 
-    dx_ND = (torch.empty if groups else torch.zeros)(n, width, dtype=torch.float32, device=device)
+    dx_ND = torch.empty(n, width, dtype=torch.float32, device=device)
     if args.deterministic:
         parts = torch.zeros(1, width, padded, dtype=torch.float32, device=device)
         sum_in_order(parts[0], tail.index, launch)
@@ -302,6 +302,8 @@ def tail_step(
                 parts.zero_()
             launch(parts, first, min(most, groups - first))
             gather(dx_ND, parts, args.scale, add=first > 0)
+        if not groups:
+            dx_ND.zero_()
     return dx_ND, None if loss is None else loss.sum(dtype=torch.float64).mul_(args.scale).float()
 
 

@@ -11,7 +11,7 @@ Letters: R rows, C columns.
 import torch
 from torch import Tensor
 
-from haste_kernels.rounding import MOMENTUM, ROUNDED, WEIGHT, stochastic_round
+from haste_kernels.rounding import FLOAT8, MOMENTUM, ROUNDED, WEIGHT, stochastic_round
 from haste_kernels.state import StepArgs
 
 
@@ -24,7 +24,8 @@ def sgd_(weight: Tensor, momentum: Tensor | None, gradient: Tensor, args: StepAr
     if momentum is None:
         m = gradient.mul_(args.scale)
     elif momentum.dtype in ROUNDED:
-        m = gradient.mul_(args.scale).add_(momentum.float(), alpha=args.momentum)
+        held = momentum.float() if momentum.dtype == FLOAT8 else momentum  # torch adds no float8 to another type
+        m = gradient.mul_(args.scale).add_(held, alpha=args.momentum)
     else:
         m = momentum.mul_(args.momentum).add_(gradient, alpha=args.scale)
     if args.weight_decay:

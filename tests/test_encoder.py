@@ -11,24 +11,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_prepared, read_losses, run_ranks
+from tiny import check_resumed_and_shared, make_prepared, read_losses, train_all
 from transformers import AutoConfig, AutoModel
 
-from haste_dist.config import Config, EncoderConfig, load_config
+from haste_dist.config import EncoderConfig, load_config
 from haste_dist.encoder import WHOLE_MASK, Encoder, build_encoder, compile_blocks
 from haste_dist.errors import ConfigError, HasteError
 from haste_dist.flat import FlatModule
 from haste_dist.manifest import Manifest, TokenizerRecord
 from haste_dist.model import check_features
 from haste_dist.train import train
-from haste_dist.world import World, join_world
+from haste_dist.world import join_world
 
 STEPS = "train.max_steps=12"
-
-
-def train_all(world: World, configs: list[Config]) -> None:
-    for config in configs:
-        train(config, world)
 
 
 def test_deepspeed_says_nothing_where_answers_go() -> None:
@@ -153,17 +148,8 @@ def test_a_projection_trains_resumes_and_predicts(tmp_path: Path) -> None:
 
     words = ["train.max_steps=24", "encoder.project=12", "output.head_fraction=1", "encoder.zero=1"]
     one = make_prepared(tmp_path, overrides=words)
-    broken, two = copy.deepcopy(one), copy.deepcopy(one)
-    broken.run.folder += "-broken"
-    two.run.folder += "-two"
     train(one, join_world("cpu"))
-    for steps in (10, 24):
-        broken.train.max_steps = steps
-        train(broken, join_world("cpu"))
-    run_ranks(2, train_all, [two])
-    losses = read_losses(one.run.folder)
-    assert read_losses(broken.run.folder) == losses
-    np.testing.assert_allclose(read_losses(two.run.folder), losses, rtol=1e-5)
+    check_resumed_and_shared(one, stop=10)
     last = Path(one.run.folder) / "checkpoints" / "step-00000024"
     weight, moment = (load_file(last / f"{name}.safetensors") for name in ("encoder", "optimizer"))
     assert weight["project.weight"].shape == (12, 32)
@@ -191,17 +177,8 @@ def test_adapters_train_resume_and_predict(tmp_path: Path) -> None:
     from haste_dist.predictor import Predictor
 
     one = make_prepared(tmp_path, overrides=["train.max_steps=24", "encoder.lora_rank=4", "encoder.lr=1e-3", "encoder.zero=1"])
-    broken, two = copy.deepcopy(one), copy.deepcopy(one)
-    broken.run.folder += "-broken"
-    two.run.folder += "-two"
     train(one, join_world("cpu"))
-    for steps in (10, 24):
-        broken.train.max_steps = steps
-        train(broken, join_world("cpu"))
-    run_ranks(2, train_all, [two])
-    losses = read_losses(one.run.folder)
-    assert read_losses(broken.run.folder) == losses
-    np.testing.assert_allclose(read_losses(two.run.folder), losses, rtol=1e-5)
+    check_resumed_and_shared(one, stop=10)
 
     folder = Path(one.run.folder) / "checkpoints"
     saved = load_file(folder / f"step-{json.loads((folder / 'best.json').read_text())['step']:08d}" / "encoder.safetensors")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_turn import run_in_turn
 from raw_sources import write_lines
-from tiny import final_tensors, make_prepared, read_losses, run_ranks
+from tiny import final_tensors, make_prepared, read_losses, run_ranks, train_all
 
 import haste_dist.prepare
 from haste_dist.config import Config, load_config
@@ -21,7 +21,7 @@ from haste_dist.manifest import open_split, read_manifest
 from haste_dist.predictor import Predictor
 from haste_dist.train import train
 from haste_dist.verify import verify
-from haste_dist.world import World, join_world
+from haste_dist.world import join_world
 from haste_launch import cli
 
 OLD, NEW = 101, 30
@@ -31,11 +31,6 @@ PAIRS = 60  # texts of new labels
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(haste_dist.prepare, "run", run_in_turn)
-
-
-def train_all(world: World, configs: list[Config]) -> None:
-    for config in configs:
-        train(config, world)
 
 
 def word(label: int) -> str:

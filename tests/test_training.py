@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import WORDS, final_tensors, make_prepared, make_tokenizer, read_losses, run_ranks
+from tiny import WORDS, final_tensors, make_prepared, make_tokenizer, read_losses, run_ranks, train_all
 
 from haste_dist.collectives import StopVote
 from haste_dist.config import Config
@@ -20,11 +20,6 @@ from haste_dist.train import check_run, train
 from haste_dist.world import World, join_world
 
 STEPS = 30
-
-
-def train_all(world: World, configs: list[Config]) -> None:
-    for config in configs:
-        train(config, world)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A small made-up problem in a prepared folder, and ranks to run on it: what the tests of training share."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -140,6 +141,31 @@ def _enter(rank: int, ranks: int, port: int, environment: dict[str, str], functi
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
     function(join_world("cpu"), *arguments)
     leave_world()
+
+
+def train_all(world: World, configs: list[Config]) -> None:
+    from haste_dist.train import train
+
+    for config in configs:
+        train(config, world)
+
+
+def check_resumed_and_shared(one: Config, stop: int) -> None:
+    """``one`` was trained on a rank of its own for ``train.max_steps``: as many with a stop after ``stop`` have the same losses to the
+    bit, and on two ranks within 1e-5."""
+    from haste_dist.world import join_world
+
+    broken, two = copy.deepcopy(one), copy.deepcopy(one)
+    broken.run.folder += "-broken"
+    two.run.folder += "-two"
+    for steps in (stop, one.train.max_steps):
+        broken.train.max_steps = steps
+        train_all(join_world("cpu"), [broken])
+    run_ranks(2, train_all, [two])
+    losses = read_losses(one.run.folder)
+    assert len(losses) == one.train.max_steps
+    assert read_losses(broken.run.folder) == losses
+    np.testing.assert_allclose(read_losses(two.run.folder), losses, rtol=1e-5)
 
 
 def free_port() -> int:
