@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +40,9 @@ from haste_dist.packing import pack
 from haste_dist.sharding import spread
 from haste_dist.world import all_devices
 
+if TYPE_CHECKING:
+    from haste_dist.label_embeddings import LabelEmbeddings
+
 SCHEMA_VERSION = 1
 LABELS_FILE, GROUPS_FILE = "labels.arrow", "groups.json"
 COHESION_FILE = "cohesion.arrow"
@@ -50,6 +53,7 @@ WORK = "grouping"  # folder of what a killed run has finished
 ORDER_SCHEMA = pa.schema(
     [("label", pa.int64()), ("text", pa.string()), ("frequency", pa.int64()), ("row", pa.int64()), ("group", pa.int64())]
 )
+OF_GROUPS = ("group_size", "head_fraction", "method", "iterations", "search", "start")  # settings of an order that no embedding depends on
 RANDOM_STREAM, BASELINE_STREAM = 1, 2  # keep the random streams of one seed apart
 
 
@@ -169,13 +173,16 @@ def measure_closeness(
     return pa.record_batch([pa.array(x, f.type) for x, f in zip(columns, COHESION_SCHEMA, strict=True)], schema=COHESION_SCHEMA)
 
 
-def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> dict[str, Any]:
+def make_label_order(
+    config: Config, folder: str | Path, manifest: Manifest, known: "dict[str, LabelEmbeddings] | None" = None
+) -> dict[str, Any]:
     """Writes labels.arrow and groups.json into the prepared ``folder``; returns what groups.json says, and "seconds".
 
     Reads label_texts.arrow, and for semantic groups the training shards that ``manifest`` lists (never a test or dev text).
+    ``known``: embeddings of earlier calls, by what they depend on, where several orders of the same data are made; new ones are added.
     Raises ConfigError where the embeddings cannot be made, DataError where a file is missing, damaged or cannot be written.
     """
-    from haste_dist.label_embeddings import LabelEmbeddings, embed_labels, remove_work  # transformers and scipy: slow to import
+    from haste_dist.label_embeddings import embed_labels, remove_work  # transformers and scipy: slow to import
 
     began = time.perf_counter()
     folder = Path(folder)
@@ -185,13 +192,16 @@ def make_label_order(config: Config, folder: str | Path, manifest: Manifest) -> 
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     work = folder / WORK / key
     remove_work(folder / WORK, but=key)
+    known = {} if known is None else known
+    source = json.dumps({name: value for name, value in settings.items() if name not in OF_GROUPS}, sort_keys=True)
     made: LabelEmbeddings | None = None
     embed_seconds = 0.0
 
     def embed() -> np.ndarray:
         nonlocal made, embed_seconds
         started = time.perf_counter()
-        made = embed_labels(config, folder, manifest, devices[0], work)
+        made = known.get(source) or embed_labels(config, folder, manifest, devices[0], work)
+        known[source] = made
         embed_seconds = time.perf_counter() - started
         return made.vectors
 

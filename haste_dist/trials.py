@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +47,9 @@ from haste_dist.mirror import ORDER_FILES
 from haste_dist.records import stamp
 from haste_dist.runlog import read_events
 from haste_dist.sealed import CHECKSUMS
+
+if TYPE_CHECKING:
+    from haste_dist.label_embeddings import LabelEmbeddings
 
 RESULT, TEXTS, RESULTS = "result.json", "texts.parquet", "results.parquet"
 NAMES = ("config", "settings", "seeds", "split", "topic", "cases")
@@ -124,11 +127,11 @@ def trials_of(study: Study, out: Path, overrides: list[str]) -> list[Trial]:
     return found
 
 
-def with_label_order(config: Config, out: Path, seed: int) -> Config:
+def with_label_order(config: Config, out: Path, seed: int, known: "dict[str, LabelEmbeddings] | None" = None) -> Config:
     """The config with a prepared folder whose label order is the one it asks for: the study's own if it will do, or one made under ``out``.
 
     With a ``data.dev_fraction`` it is one of ``dev_data.hold_out``. Random choices come from ``seed``, the study's first, so that seeds
-    of a case share them. Texts are linked, not copied.
+    of a case share them. Texts are linked, not copied. ``known``: as ``make_label_order`` takes it.
     """
     source = Path(os.path.abspath(config.data.prepared))
     data = dataclasses.replace(config.data, dev_fraction=0.0)  # of a folder that knows no dev text, none is to be left out
@@ -151,7 +154,7 @@ def with_label_order(config: Config, out: Path, seed: int) -> Config:
             there = folder / path.relative_to(source)
             if path.is_file() and path.name not in ours and not there.exists():
                 link(path, there)
-        make_label_order(asking, folder, manifest)
+        make_label_order(asking, folder, manifest, known)
         seal_data(folder)
     return _prepared(config, folder.absolute())
 

@@ -1,6 +1,7 @@
 """head_step and tail_step against the reference: shapes, losses, dtypes, chunks, padding; and shards against the whole."""
 
 import copy
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -132,10 +133,14 @@ def test_head_step_equals_reference(args, n, dtypes, x_dtype, bias, share, budge
     extra=st.integers(0, 9),
     padded=st.integers(0, 15),
     wide=st.booleans(),
+    spread=st.booleans(),
 )
-def test_tail_step_equals_reference(args, n, dtypes, x_dtype, bias, share, budget, masked, seed, groups, size, fan_in, extra, padded, wide):
+def test_tail_step_equals_reference(
+    args, n, dtypes, x_dtype, bias, share, budget, masked, seed, groups, size, fan_in, extra, padded, wide, spread
+):
     with pytest.MonkeyPatch.context() as patch:
         arrange(patch, budget, masked, seed)
+        patch.setattr(importlib.import_module("haste_kernels.tail_step"), "_spreads", lambda *_: spread)  # what a GPU does where G is small
         width, padded = fan_in + extra, min(padded, size - 1) if groups else 0
         x = torch.randn(n, width).to(torch.float64 if dtypes[0] == "float64" else DTYPES[x_dtype])
         tail = make_tail(

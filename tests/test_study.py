@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from tiny import FULL, make_prepared, run_ranks
 
+from haste_dist import label_embeddings
 from haste_dist.classifier import embedding_width, feature_slice
 from haste_dist.config import check_fan_in, save_config
 from haste_dist.errors import ConfigError, DataError
@@ -199,6 +201,31 @@ def test_label_orders_are_made_once_and_shared(tmp_path: Path) -> None:
         != load_label_order(tmp_path / "data/prepared").fingerprint
     )
     assert load_label_order(config.data.prepared).groups > 0  # the source is as it was
+
+
+def test_orders_of_the_same_data_share_their_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_prepared(tmp_path / "data", overrides=["groups.method=semantic"])
+    seal_data(Path(config.data.prepared))
+    made: list[str] = []
+
+    def counted(*arguments: Any) -> label_embeddings.LabelEmbeddings:
+        made.append(str(arguments[1]))
+        return embed_labels(*arguments)
+
+    embed_labels = label_embeddings.embed_labels
+    monkeypatch.setattr(label_embeddings, "embed_labels", counted)
+    known: dict[str, label_embeddings.LabelEmbeddings] = {}
+    orders = {}
+    for words in ({"group_size": 32}, {"group_size": 64}, {"head_fraction": 0.5}):
+        asking = dataclasses.replace(config, output=dataclasses.replace(config.output, **words))
+        orders[str(words)] = Path(with_label_order(asking, tmp_path, 0, known).data.prepared)
+        alone = Path(with_label_order(asking, tmp_path / "alone", 0).data.prepared)
+        assert (orders[str(words)] / "labels.arrow").read_bytes() == (alone / "labels.arrow").read_bytes()
+    assert len(set(orders.values())) == 3
+    assert (len(known), len(made)) == (1, 4)  # once for all, and once for each that knows of none
+    config.groups.label_text = False
+    with_label_order(config, tmp_path, 0, known)
+    assert (len(known), len(made)) == (2, 5)
 
 
 def test_a_study_from_its_page_to_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,7 @@ def naive_dx(x_ND: Tensor, weight_RD: Tensor, bias: Tensor | None, positives: Po
 
 
 @pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
-@pytest.mark.parametrize(("size", "bias"), [(16, False), (32, True), (64, False), (128, True)])
+@pytest.mark.parametrize(("size", "bias"), [(1, True), (16, False), (32, True), (64, False), (128, True)])
 def test_steps_are_as_exact_as_plain_torch(size: int, bias: bool, loss: str) -> None:
     x_ND, tail, head, tail_positives, head_positives = make(size, 40, 7, bias)
     args = StepArgs(**{**ARGS.__dict__, "loss": loss})
