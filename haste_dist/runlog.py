@@ -125,3 +125,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def seconds_trained(events: Sequence[dict[str, Any]]) -> float:
+    """How long a run was at work, over all its starts, from each one's first line to its last; loading is not counted."""
+    total, began, last = 0.0, None, 0.0
+    for event in events:
+        if event["event"] == "start":
+            total += 0.0 if began is None else last - began
+            began = event["time"]
+        last = event["time"]
+    return total + (0.0 if began is None else last - began)

@@ -24,7 +24,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ from haste_dist.manifest import first_line, read_manifest, replacing
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
 from haste_dist.mirror import ORDER_FILES
 from haste_dist.records import stamp
-from haste_dist.runlog import read_events
+from haste_dist.runlog import read_events, seconds_trained
 from haste_dist.sealed import CHECKSUMS
 
 if TYPE_CHECKING:
@@ -195,9 +194,7 @@ def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False) -> b
         data, evaluate = dataclasses.replace(config.data, dev_fraction=0.0), dataclasses.replace(config.evaluate, split="test")
         config = dataclasses.replace(config, data=data, evaluate=evaluate)
     world = join_world(config.launch.device, config.launch.timeout)
-    began = time.perf_counter()
     outcome = train(config, world, wants_stop)
-    seconds = time.perf_counter() - began
     if outcome.reason == "stopped":
         leave_world()
         return False
@@ -227,7 +224,7 @@ def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False) -> b
         "settings": settings_of(trial),
         **{name: value for name, value in measured.items() if name != "seconds"},
         "step": outcome.step,
-        "train_seconds": seconds,
+        "train_seconds": seconds_trained(events),
         "step_p50_ms": float(np.median([s["step_ms"] for s in steps if "step_ms" in s] or [0.0])),
         "output_bytes": next(event["output_bytes"] for event in events if event["event"] == "start"),
         "peak_gib": max(event.get("peak_gib", 0.0) for event in events if event["event"] == "end"),

@@ -83,7 +83,7 @@ def run_here(words: list[str], **_: object) -> CompletedProcess:
 
 
 def test_every_script_is_tested() -> None:
-    assert SCRIPTS == ["grouping", "predict", "prepare", "readers", "serve"]
+    assert SCRIPTS == ["grouping", "predict", "prepare", "readers", "serve", "tables"]
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -223,3 +223,30 @@ def test_serve(script: Script, readers_out: Path, config: Config, tmp_path: Path
     assert min(one["requests"], two["requests"], soak["requests"]) > 0
     assert len(complete(run / "checkpoints")) == 1  # the soak was of a copy, which is gone
     assert not run.with_name("run-soak").exists()
+
+
+def test_tables_of_the_documents_are_what_the_records_say(script: Script) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script("tables", FOLDER.parent / "docs" / "accuracy.md", "--check").main()
+    assert ended.value.code == 0
+
+
+def test_tables(script: Script, tmp_path: Path) -> None:
+    rows = [("dense", 0, 0.5, "2"), ("grouped", 0, 0.1, "1"), ("grouped", 0, 0.2, "2"), ("grouped", 1, 0.4, "1"), ("grouped", 2, 0.6, "1")]
+    names = dict.fromkeys(load("tables").COLUMNS.values(), 0.25)
+    shared = {**names, "study": "layers", "split": "dev", "output_bytes": 1_500_000}
+    lines = [{**shared, "case": case, "seed": seed, "p_at_1": value, "date": date} for case, seed, value, date in rows]
+    lines += [{**lines[0], "split": "test", "p_at_1": 1.0}, {"topic": "t", "date": "9"}]
+    write_lines(tmp_path / "t.jsonl", [json.dumps(line).encode() for line in lines])
+    document = tmp_path / "d.md"
+    document.write_text("before\n<!-- table: t layers dev -->\nold\n<!-- end -->\nafter\n")
+    with pytest.raises(SystemExit, match="is not what the records say"):
+        script("tables", document, "--check", "--records", tmp_path).main()
+    script("tables", document, "--records", tmp_path).main()
+    told = document.read_text().splitlines()
+    assert (told[0], told[-1]) == ("before", "after")
+    assert [line.split(" | ")[:3] for line in told[4:6]] == [["| grouped", "3", "40.00 ± 49.68"], ["| dense", "1", "50.00"]]
+    assert told[4].endswith("| 25.00 ± 0.00 | 1.5 |")
+    document.write_text("<!-- table: t sizes dev -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="holds no run of study sizes"):
+        script("tables", document, "--records", tmp_path).main()

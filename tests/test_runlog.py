@@ -10,7 +10,7 @@ import torch
 
 from haste_dist.errors import DataError
 from haste_dist.records import append_record
-from haste_dist.runlog import RunLog, read_events
+from haste_dist.runlog import RunLog, read_events, seconds_trained
 from haste_dist.trackers import TensorBoard
 
 
@@ -40,6 +40,12 @@ def test_a_resumed_run_appends_behind_a_torn_line(tmp_path: Path) -> None:
     behind = (tmp_path / "metrics.jsonl").read_bytes()[seen:]
     assert [json.loads(line)["step"] for line in behind.split(b"\n") if line] == [2], "a reader that follows the file gets whole lines"
     assert [event["step"] for event in read_events(tmp_path)] == [1, 2]
+
+
+def test_the_seconds_of_all_starts_are_added() -> None:
+    times = [("start", 10.0), ("step", 12.0), ("end", 15.5), ("start", 1000.0), ("step", 1003.0), ("start", 2000.0), ("end", 2000.25)]
+    assert seconds_trained([{"event": name, "time": at} for name, at in times]) == 5.5 + 3 + 0.25
+    assert seconds_trained([]) == 0
 
 
 def test_disabled_log_leaves_nothing(tmp_path: Path) -> None:
