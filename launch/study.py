@@ -41,7 +41,8 @@ def study(page: str, out: Path, overrides: list[str], side_by_side: int, plot: b
     """Runs what is missing and writes the report, and a record a run into the folder ``records``; the exit status. Raises HasteError."""
     wanted = read_study_page(page)
     console = Console(highlight=False, soft_wrap=True)
-    trials, embeddings = [], {}  # texts are embedded once for all label orders that are made now
+    trials: list[Trial] = []
+    embeddings: dict[str, Any] = {}  # texts are embedded once for all label orders that are made now
     for trial in trials_of(wanted, out, overrides):
         trials.append(Trial(trial.case, trial.seed, with_label_order(trial.config, out, wanted.seeds[0], embeddings)))
     left = [trial for trial in trials if read_result(trial) is None]
