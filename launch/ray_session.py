@@ -1,11 +1,16 @@
 """A Ray cluster for one command: the one that the user named, or one on this machine that ends with the command.
 
 Starting Ray is mostly waiting for its processes: what this process has to import anyway is imported in that time.
+
+Whoever ends a command may send SIGTERM to all of its process group (`timeout`, Slurm, systemd), which would end Ray's servers and with
+them the ranks before they have saved. So Ray's processes are started with SIGTERM blocked, as Ray itself starts them with SIGINT blocked.
 """
 
 import contextlib
 import logging
 import os
+import select
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +20,7 @@ from haste_dist.errors import ConfigError
 from haste_dist.imports import import_ahead
 
 OBJECT_STORE_BYTES = 2**30  # of a cluster of our own; blocks in flight are a few MiB each
+SHUTDOWN_SECONDS = 30.0
 
 
 @contextlib.contextmanager
@@ -33,6 +39,7 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
         yield
         return
     address = config.launch.address or os.environ.get("RAY_ADDRESS", "")
+    servers: list[int] = []
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     threading.Thread(target=import_ahead, args=(meanwhile,), name="imports").start()
     if address:
@@ -43,15 +50,63 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains the nodes of such a cluster
         # With RAY_AUTH_MODE unset Ray turns token authentication on for a new cluster.
-        ray.init(
-            address="local",
-            num_cpus=config.data.workers or len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
+        with _sheltered_children() as servers:
+            ray.init(
+                address="local",
+                num_cpus=config.data.workers or len(os.sched_getaffinity(0)),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
     try:
         yield
     finally:
+        _end_with_raylet(servers)
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _sheltered_children() -> Iterator[list[int]]:
+    """Processes that this thread starts meanwhile are born with SIGTERM blocked. Yields what becomes the list of their ids."""
+    started: list[int] = []
+    if not hasattr(os, "pidfd_open"):  # not Linux
+        yield started
+        return
+    before = _children("self")
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield started
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        started.extend(_children("self") - before)
+
+
+def _children(process: int | str) -> set[int]:
+    """The ids of a process's children."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{process}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{process}/task/{task}/children") as children:
+                found |= {int(child) for child in children.read().split()}
+    return found
+
+
+def _end_with_raylet(servers: list[int]) -> None:
+    """In a thread: ends ``servers`` and their children as soon as the raylet, which ``ray.shutdown`` ends first, is gone.
+
+    Left alone Ray would give each a second to heed a SIGTERM that it does not hear, and the raylet's children would look for it.
+    """
+    handles: dict[int, bool] = {}  # of a process, not of an id that another one may get; whether it is the raylet
+    for pid in [*servers, *(child for server in servers for child in _children(server))]:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as name:
+            handles[os.pidfd_open(pid)] = name.read().strip() == "raylet"
+
+    def end() -> None:
+        select.select([handle for handle, is_raylet in handles.items() if is_raylet], [], [], SHUTDOWN_SECONDS)
+        for handle in handles:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            os.close(handle)
+
+    threading.Thread(target=end, name="end of Ray").start()
