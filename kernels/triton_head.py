@@ -80,7 +80,7 @@ def _mark(
 @triton.jit(do_not_specialize=["first", "last"])
 def _gradient(
     x,  # (N, D) operand type, in
-    weight,  # (H, D), in
+    weight,  # (R, D) operand type, in: the chunk's
     dz,  # (R, N) operand type, out
     bits,  # (R, words) int32, in: the positives
     bias,  # (H,) float32 or None, in and out
@@ -116,9 +116,9 @@ def _gradient(
         z = tl.zeros((R, B), tl.float32)
         for inner in tl.range(0, D, K, num_stages=STAGES):
             d = inner + tl.arange(0, K)
-            w_RK = tl.load(weight + row[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+            w_RK = tl.load(weight + here.to(tl.int64)[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
             x_BK = tl.load(x + batch[:, None] * D + d[None, :], mask=(batch < n)[:, None] & (d < D)[None, :], other=0.0)
-            z = tl.dot(w_RK.to(x_BK.dtype), tl.trans(x_BK), z, input_precision="ieee")
+            z = tl.dot(w_RK, tl.trans(x_BK), z, input_precision="ieee")
         z += b[:, None]
         inside = real[:, None] & (batch < n)[None, :]
         g = tiles.gradient_of(z, None, BCE)
@@ -206,13 +206,14 @@ def head_step(
         if len(row):
             _mark[(triton.cdiv(len(row), 128),)](bits, row, column, first, last, len(row), words, P=128, num_warps=4)
         dz_RN = torch.empty(last - first, n, dtype=dtype, device=device)
+        w_RD = head.weight[first:last]
+        operand_RD = w_RD.to(dtype)  # float8 is converted once, for both products with the weights
         _gradient[(programs,)](
-            x_ND, head.weight, dz_RN, bits, head.bias, head.bias_momentum, None if loss is None else loss[block:], bounds[block:],
+            x_ND, operand_RD, dz_RN, bits, head.bias, head.bias_momentum, None if loss is None else loss[block:], bounds[block:],
             first, last, n, words, args.lr, args.scale, args.momentum,
             D=width, R=tile.rows, B=batch, K=tile.inner, BCE=args.loss == "bce", STAGES=tile.stages, num_warps=tile.warps, **limit,
         )  # fmt: skip
-        w_RD = head.weight[first:last]
-        part = mm(dz_RN.T, w_RD.to(dtype))
+        part = mm(dz_RN.T, operand_RD)
         dx_ND = part if dx_ND is None else dx_ND.add_(part)
         momentum = None if head.momentum is None else head.momentum[first:last]
         _update[(programs * triton.cdiv(width, columns),)](
