@@ -1,9 +1,12 @@
 """A job's log as it grows, a bar on a terminal, and what Ctrl-C means; the job's exit status at the end."""
 
 import asyncio
+import contextlib
 import re
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from haste_dist.errors import HasteError, Interrupted
@@ -37,7 +40,8 @@ def follow(client: "JobSubmissionClient", job_id: str, on_interrupt: str) -> int
     stream = Stream(client, job_id)
     while True:
         try:
-            job = stream.run()
+            with interrupts() as received:
+                job = stream.run(received)
             break
         except KeyboardInterrupt:
             what = ask(job_id) if on_interrupt == "ask" else on_interrupt
@@ -49,6 +53,25 @@ def follow(client: "JobSubmissionClient", job_id: str, on_interrupt: str) -> int
             stop_and_wait(client, job_id)
             raise Interrupted(f"job {job_id} is stopped; the same haste submit goes on from where it saved") from None
     return exit_status(job)
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Ctrl-C raises KeyboardInterrupt at once, and is noted in what this yields.
+
+    asyncio's own handler cancels the task instead, which a connection that is closing at that moment turns into its own error.
+    """
+    received: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def exit_status(job: "JobDetails") -> int:
@@ -84,8 +107,9 @@ class Stream:
         self._shown = 0  # characters
         self._rest = ""  # of a line that is not whole yet
 
-    def run(self) -> "JobDetails":
-        """Streams until the job is over. Raises KeyboardInterrupt, and HasteError or requests' errors if the cluster stays away."""
+    def run(self, interrupted: list[int]) -> "JobDetails":
+        """Streams until the job is over. Raises KeyboardInterrupt, also where an error came of it, as ``interrupted`` then says, and
+        HasteError or requests' errors if the cluster stays away."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -104,6 +128,8 @@ class Stream:
                         self._say(self._rest)
                         return job
                 except Exception as error:
+                    if interrupted:
+                        raise KeyboardInterrupt from None
                     if not _broken(error) or time.monotonic() - answered > LOST_SECONDS:
                         raise
                 time.sleep(AGAIN_SECONDS)

@@ -1,5 +1,6 @@
 """haste submit, jobs, logs and stop, against a real cluster with tokens on, straight and through a TLS proxy."""
 
+import asyncio
 import contextlib
 import datetime
 import ipaddress
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import aiohttp
 import pytest
 from ray_nodes import answers, kill_all, start_node, wait_for
 from tiny import free_port, haste, make_prepared
@@ -303,8 +305,31 @@ def test_a_log_is_shown_once_across_broken_connections(capsys: pytest.CaptureFix
             raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
 
     client = SimpleNamespace(tail_job_logs=tail, get_job_info=lambda name: job(name, next(statuses)))
-    assert follow.Stream(client, "a-1").run().status.value == "SUCCEEDED"  # type: ignore[arg-type]
+    assert follow.Stream(client, "a-1").run([]).status.value == "SUCCEEDED"  # type: ignore[arg-type]
     assert capsys.readouterr().out == "one\ntwo\nthree\nstep 4 of 5  epoch 1\nfour\n"
+
+
+def test_ctrl_c_is_not_lost_in_a_connection_that_closes(capsys: pytest.CaptureFixture[str]) -> None:
+    """It comes while a line is printed, and what is cancelled by it says so with an error of its own."""
+
+    class Client:
+        calls = 0
+
+        async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+            self.calls += 1
+            assert self.calls == 1, "went on"
+            yield "one\n"
+            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                await asyncio.sleep(20)
+            except asyncio.CancelledError:
+                raise aiohttp.ClientError("closing") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="job a-1 goes on"):
+        follow.follow(Client(), "a-1", "leave")  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "one\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_shell_line_starts_where_relative_paths_do(tmp_path: Path) -> None:
