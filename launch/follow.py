@@ -40,8 +40,8 @@ def follow(client: "JobSubmissionClient", job_id: str, on_interrupt: str) -> int
     stream = Stream(client, job_id)
     while True:
         try:
-            with interrupts() as received:
-                job = stream.run(received)
+            with stream.interrupts():
+                job = stream.run()
             break
         except KeyboardInterrupt:
             what = ask(job_id) if on_interrupt == "ask" else on_interrupt
@@ -53,25 +53,6 @@ def follow(client: "JobSubmissionClient", job_id: str, on_interrupt: str) -> int
             stop_and_wait(client, job_id)
             raise Interrupted(f"job {job_id} is stopped; the same haste submit goes on from where it saved") from None
     return exit_status(job)
-
-
-@contextlib.contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Ctrl-C raises KeyboardInterrupt at once, and is noted in what this yields.
-
-    asyncio's own handler cancels the task instead, which a connection that is closing at that moment turns into its own error.
-    """
-    received: list[int] = []
-
-    def handle(number: int, _frame: object) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def exit_status(job: "JobDetails") -> int:
@@ -106,10 +87,32 @@ class Stream:
         self._client, self._job_id = client, job_id
         self._shown = 0  # characters
         self._rest = ""  # of a line that is not whole yet
+        self._task: asyncio.Task | None = None  # that reads the log
+        self._reading = self._interrupted = False
 
-    def run(self, interrupted: list[int]) -> "JobDetails":
-        """Streams until the job is over. Raises KeyboardInterrupt, also where an error came of it, as ``interrupted`` then says, and
-        HasteError or requests' errors if the cluster stays away."""
+    @contextlib.contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """Meanwhile the first Ctrl-C while the log is read ends the reading in order, then ``run`` raises KeyboardInterrupt; others do at once.
+
+        asyncio's own handler would do the same, but forgets it where the connection ends with an error in place of the cancellation.
+        """
+
+        def handle(_number: int, _frame: object) -> None:
+            if self._interrupted or not self._reading:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            if self._task is not None:
+                self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+
+        self._interrupted = False
+        before = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def run(self) -> "JobDetails":
+        """Streams until the job is over. Raises KeyboardInterrupt, and HasteError or requests' errors if the cluster stays away."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -121,21 +124,35 @@ class Stream:
             answered = time.monotonic()
             while True:
                 try:
-                    asyncio.run(self._tail())
+                    self._read()
                     job = self._client.get_job_info(self._job_id)
                     answered = time.monotonic()
                     if job.status.is_terminal():
                         self._say(self._rest)
                         return job
                 except Exception as error:
-                    if interrupted:
-                        raise KeyboardInterrupt from None
                     if not _broken(error) or time.monotonic() - answered > LOST_SECONDS:
                         raise
                 time.sleep(AGAIN_SECONDS)
 
+    def _read(self) -> None:
+        """One connection, to its end. Raises KeyboardInterrupt if that was asked for meanwhile, however it ended."""
+        self._reading = True
+        try:
+            asyncio.run(self._tail())
+        except BaseException:
+            if not self._interrupted:
+                raise
+        finally:
+            self._reading, self._task = False, None
+        if self._interrupted:
+            raise KeyboardInterrupt
+
     async def _tail(self) -> None:
         """What the log has beyond what was shown; each connection sends it from its start."""
+        self._task = asyncio.current_task()
+        if self._interrupted:
+            return
         seen = 0
         async for text in self._client.tail_job_logs(self._job_id):
             new = text[max(0, self._shown - seen) :]

@@ -305,7 +305,7 @@ def test_a_log_is_shown_once_across_broken_connections(capsys: pytest.CaptureFix
             raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
 
     client = SimpleNamespace(tail_job_logs=tail, get_job_info=lambda name: job(name, next(statuses)))
-    assert follow.Stream(client, "a-1").run([]).status.value == "SUCCEEDED"  # type: ignore[arg-type]
+    assert follow.Stream(client, "a-1").run().status.value == "SUCCEEDED"  # type: ignore[arg-type]
     assert capsys.readouterr().out == "one\ntwo\nthree\nstep 4 of 5  epoch 1\nfour\n"
 
 
