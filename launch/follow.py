@@ -92,7 +92,7 @@ class Stream:
 
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
-        """Meanwhile the first Ctrl-C while the log is read ends the reading in order, then ``run`` raises KeyboardInterrupt; others do at once.
+        """Meanwhile the first Ctrl-C ends the reading of the log in order, then ``run`` raises KeyboardInterrupt; others do at once.
 
         asyncio's own handler would do the same, but forgets it where the connection ends with an error in place of the cancellation.
         """
