@@ -42,7 +42,7 @@ def _spreads(tail: TailState, width: int) -> bool:
     """Whether plain torch computes with (T * G, D) weights, zero where a group does not read a feature.
 
     Counted in values that move: gathering takes F N of them a group, several times; products of D features in place of F take
-    2 N G (D - F) operations more, which a GPU has about 16 times over where it waits for memory. Per-label fan-in (G = 1) is the case.
+    2 N G (D - F) operations more, taken as a sixteenth as dear a piece on a GPU (not tuned). Per-label fan-in (G = 1) is the case.
     """
     _, size, fan_in = tail.weight.shape
     return tail.weight.device.type != "cpu" and size < 16 and size * width <= 16 * fan_in
