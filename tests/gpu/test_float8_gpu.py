@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from test_steps import ARGS, WIDTH, distance, make, naive_dx
+from test_steps import ARGS, WIDTH, distance, make, plain_gradients
 from test_topk_gpu import check_exact
 from test_topk_gpu import make as make_whole
 
 from haste_kernels import STORED, head_step, reference, stochastic_round, tail_step
+from haste_kernels.update import sgd_
 
 FLOAT8, CUDA = STORED["float8"], torch.device("cuda")
 NEW = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
@@ -26,19 +27,25 @@ def test_steps_are_as_exact_as_plain_torch(size: int, bias: bool, momentum: str 
         state.weight = state.weight.to(FLOAT8)
         state.momentum = None if momentum is None else state.momentum.to(STORED[momentum])
         state.bias_momentum = None if momentum is None else state.bias_momentum
-        mine, truth = copy.deepcopy(state), copy.deepcopy(state)
+        mine, truth, plain = (copy.deepcopy(state) for _ in range(3))
         dense = (reference.dense_tail(state.weight, tail.index, WIDTH) if state is tail else state.weight).bfloat16()
-        naive = naive_dx(x_ND, dense, None if state.bias is None else state.bias.view(-1), positives, rows, "bce")
+        plain_dx, dw_RD = plain_gradients(x_ND, dense, None if state.bias is None else state.bias.view(-1), positives, rows, "bce")
+        if state is tail:
+            dw_RD = dw_RD.view(-1, size, WIDTH).gather(2, tail.index.long()[:, None].expand(-1, size, -1)).flatten(0, 1)
+        flat = [None if t is None else t.view(dw_RD.shape) for t in (plain.weight, plain.momentum)]
+        sgd_(*flat, dw_RD, ARGS, state.first_row)
         dx, value = step(x_ND, positives, mine, ARGS, want_loss=True)  # type: ignore[operator]
         true_dx, true_value = slow(x_ND, positives, truth, ARGS)  # type: ignore[operator]
-        assert distance(dx, true_dx) <= 1.5 * distance(naive, true_dx)
+        assert distance(dx, true_dx) <= 1.5 * distance(plain_dx, true_dx)
         assert float(value) == pytest.approx(float(true_value), rel=1e-4)
         for name in ("weight", "momentum"):
-            if getattr(truth, name) is not None:  # the same random bits, on sums that bfloat16 products move a little
-                got, want = getattr(mine, name), getattr(truth, name)
-                assert got.dtype == want.dtype
-                assert float((got.float() == want.float()).float().mean()) > 0.9, name
-                assert distance(got.float(), want.float()) < 0.03, name
+            if getattr(truth, name) is not None:  # the same random bits, on sums that a bfloat16 dz moves a little
+                got, naive, want = (getattr(one, name).float() for one in (mine, plain, truth))
+                assert getattr(mine, name).dtype == getattr(truth, name).dtype
+                others = float((got != want).float().mean())
+                print(f"{name} of {type(state).__name__}: {others:.4f} of it other than exact, plain torch {float((naive != want).float().mean()):.4f}")
+                assert others <= 1.1 * float((naive != want).float().mean()) + 1e-3, name
+                assert distance(got, want) < 0.03, name
 
 
 def test_rounding_bits_are_those_of_the_cpu() -> None:

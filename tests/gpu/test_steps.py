@@ -54,15 +54,21 @@ def distance(got: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth.double()).norm() / truth.double().norm())
 
 
-def naive_dx(x_ND: Tensor, weight_RD: Tensor, bias: Tensor | None, positives: Positives, rows: int, loss: str) -> Tensor:
-    """What plain torch gives in bfloat16: logits, their gradient and the product, each rounded."""
+def plain_gradients(
+    x_ND: Tensor, weight_RD: Tensor, bias: Tensor | None, positives: Positives, rows: int, loss: str
+) -> tuple[Tensor, Tensor]:
+    """dx and dW as plain torch gives them in bfloat16: logits, their gradient and dx rounded, dW summed in float32."""
     z = x_ND @ weight_RD.T
     if bias is not None:
         z = z + bias.to(z.dtype)
     y = reference.targets(positives, len(x_ND), weight_RD.shape[0]).to(z.dtype)
     dz = reference.loss_gradient(z, y, loss).bfloat16()  # type: ignore[arg-type]
     dz[:, rows:] = 0
-    return dz @ weight_RD
+    return dz @ weight_RD, dz.float().T @ x_ND.float()
+
+
+def naive_dx(x_ND: Tensor, weight_RD: Tensor, bias: Tensor | None, positives: Positives, rows: int, loss: str) -> Tensor:
+    return plain_gradients(x_ND, weight_RD, bias, positives, rows, loss)[0]
 
 
 @pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
