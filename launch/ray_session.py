@@ -62,7 +62,8 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
     try:
         yield
     finally:
-        _end_with_raylet(servers)
+        if servers:  # not where a cluster was joined: it goes on
+            _end_with_raylet(servers)
         ray.shutdown()
 
 
