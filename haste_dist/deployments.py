@@ -1,19 +1,19 @@
 """The service on Ray Serve: a front that speaks HTTP, the model behind it, and one more process for each further share of the labels.
 
-    front (ASGI: gate, service) -> model (micro-batches; encoder, first share of the labels) -> label parts 1 .. parts - 1
+    front (ASGI: gate, service, batches) -> model (encoder, first share of the labels) -> label parts 1 .. parts - 1
 
 Serve restarts a process that dies, and holds requests meanwhile. Needs the extra haste-dist[serve].
 """
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
+from haste_dist.batching import Batcher
 from haste_dist.config import Config
 from haste_dist.gate import App
 from haste_dist.live_model import Current, Found, LabelPart, LiveModel, asked_for, merged
@@ -22,27 +22,30 @@ from haste_dist.use_config import ServeConfig
 
 Item = tuple[list[str], int, int]  # texts, k, neighbours
 NAME = "haste"
-
-
-def texts_of(items: Sequence[Item]) -> int:
-    """The size of a batch."""
-    return sum(len(texts) for texts, _, _ in items)
+# Serve's own threads for a process's code and for its calls to others are there for code that blocks; here it would be two hand-overs a request.
+ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 
 
 class Front:
-    """One process that answers all clients; the model's process computes."""
+    """One process that answers all clients, and sends the model's process a batch of their requests at a time."""
 
     def __init__(self, settings: ServeConfig, digest: bytes | None, model: DeploymentHandle):
         self.settings, self.digest, self.model = settings, digest, model
 
     def __serve_build_asgi_app__(self) -> App:
+        async def answer(items: list[Item]) -> list[dict[str, Any]]:
+            return await self.model.answer.remote(items)
+
+        settings = self.settings
+        batcher = Batcher(answer, max(settings.batch_size, settings.max_texts), settings.batch_wait, lambda item: len(item[0]))
+
         async def ask(texts: list[str], k: int, neighbours: int) -> dict[str, Any]:
-            return await self.model.answer.remote((texts, k, neighbours))
+            return await batcher((texts, k, neighbours))
 
         async def ready() -> dict[str, Any]:
             return await self.model.state.remote()
 
-        return build_service(self.settings, ask, ready, self.digest)
+        return build_service(settings, ask, ready, self.digest)
 
 
 class Part:
@@ -60,33 +63,27 @@ class Part:
 
 
 class Model:
-    """Answers requests in batches, and follows the run's checkpoints."""
+    """Answers a batch of requests at a time, and follows the run's checkpoints."""
 
     def __init__(self, run: str, checkpoint: str, device: str, threads: int, settings: ServeConfig, *others: DeploymentHandle):
         _use_threads(threads)
         self.live = LiveModel(run, checkpoint, device, settings.parts)
         self.others, self.settings = others, settings
-        self.answer_batch.set_max_batch_size(max(settings.batch_size, settings.max_texts))  # type: ignore[attr-defined]
-        self.answer_batch.set_batch_wait_timeout_s(settings.batch_wait)  # type: ignore[attr-defined]
         self.one_at_a_time = asyncio.Lock()
         self.following = asyncio.get_running_loop().create_task(self._follow()) if settings.reload else None
-
-    async def answer(self, item: Item) -> dict[str, Any]:
-        return await self.answer_batch(item)  # type: ignore[call-arg, arg-type, misc]
 
     async def state(self) -> dict[str, Any]:
         live = self.live
         version, labels = live.current.files.version, live.current.files.order.labels
         return {"model": version, "labels": labels, "reloads": live.reloads, "reload_error": live.reload_error}
 
-    @serve.batch(max_batch_size=1, batch_wait_timeout_s=0.0, batch_size_fn=texts_of)  # both are set for each model
-    async def answer_batch(self, items: list[Item]) -> list[dict[str, Any]]:
+    async def answer(self, items: list[Item]) -> list[dict[str, Any]]:
         async with self.one_at_a_time:
             model = self.live.current
             found = await self._find(model, [text for texts, _, _ in items for text in texts], asked_for(max(k for _, k, _ in items)))
         counts = [(len(texts), k, neighbours) for texts, k, neighbours in items]
         answers = self.live.answers(model, found, counts)
-        version, step, batch = model.files.version, model.step, texts_of(items)
+        version, step, batch = model.files.version, model.step, sum(texts for texts, _, _ in counts)
         return [{"model": version, "predictions": one, "batch": batch, "step": step} for one in answers]
 
     async def _find(self, model: Current, texts: list[str], k: int) -> Found:
@@ -117,7 +114,8 @@ def application(run: str, checkpoint: str, config: Config, on_gpu: bool, threads
     most = max(2 * settings.waiting, 1000)  # the gate says no, so that it is said in one way
 
     def deploy(kind: type, name: str, resources: dict[str, float]) -> Any:
-        return serve.deployment(kind, name=name, ray_actor_options=resources, max_ongoing_requests=most, health_check_timeout_s=120)
+        actor = {**resources, "runtime_env": {"env_vars": ONE_LOOP}}
+        return serve.deployment(kind, name=name, ray_actor_options=actor, max_ongoing_requests=most, health_check_timeout_s=120)
 
     heavy = {"num_gpus": 1.0, "num_cpus": 0.0} if on_gpu else {"num_cpus": 0.0}
     others = [deploy(Part, f"labels-{i}", heavy).bind(run, i, settings.parts, device, threads) for i in range(1, settings.parts)]

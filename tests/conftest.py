@@ -1,5 +1,6 @@
 """Settings of every test: few threads, no network, no clock in property tests."""
 
+import gc
 import logging
 import os
 import sys
@@ -24,6 +25,12 @@ from hypothesis import settings
 # A busy machine is no failure, so there is no deadline. In CI the examples are the same each time: a red run can be repeated.
 settings.register_profile("haste", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("haste")
+gc.disable()  # while test files import torch and the like, whose objects stay
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # nor are those looked through again
+    gc.enable()
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from haste_dist.tensor_file import write_tensors
 from haste_dist.train import train
 from haste_dist.verify import verify
 from haste_dist.world import join_world
+from haste_launch import cli
 
 TEXTS = ["w0 w1 w14", "w7 w8 w9 w21", "w3", "w190 w2 w5 w6 w7"]
 
@@ -101,14 +102,13 @@ def test_a_dense_layer_and_onnx_give_the_run_s_logits(trained: Config, tmp_path:
 
 
 @pytest.mark.parametrize("trained", TRAINED[:1], ids=["mean"], indirect=True)
-def test_the_command_and_its_refusals(trained: Config, tmp_path: Path) -> None:
+def test_the_command_and_its_refusals(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     done = haste("export", trained.run.folder, str(out), "--checkpoint", "last", "--format", "dense")
     assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    said = haste("predict", str(out), "--text", TEXTS[0], "launch.device=cpu")
-    assert said.returncode == 0, said.stderr
-    assert TEXTS[0] in said.stdout
+    assert cli.main(["predict", str(out), "--text", TEXTS[0], "launch.device=cpu"]) == 0
+    assert TEXTS[0] in capsys.readouterr().out
     assert len(verify(out)) > 5
     for run, to, word in (
         (trained.run.folder, out, "exists; name a folder that does not"),

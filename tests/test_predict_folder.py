@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import FULL, haste, make_prepared
+from tiny import FULL, make_prepared
 
 from haste_dist.config import Config
 from haste_dist.errors import ConfigError, DataError
@@ -23,6 +23,7 @@ from haste_dist.predictor import ModelFiles, Predictor
 from haste_dist.train import train
 from haste_dist.use_config import PredictConfig
 from haste_dist.world import join_world
+from haste_launch import cli
 
 SECONDS = 120
 
@@ -164,7 +165,9 @@ def test_mistakes_are_told_before_anything_starts(trained: Config, inputs: Path,
 
 
 @pytest.mark.slow
-def test_the_command_goes_on_where_it_was_with_labels_shared_by_two(trained: Config, inputs: Path, tmp_path: Path) -> None:
+def test_the_command_goes_on_where_it_was_with_labels_shared_by_two(
+    trained: Config, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What is there already comes from the stages without Ray, or, in the long form, from a command that is killed."""
     many = texts(4000 if FULL else 300, 4)
     (inputs / "a.parquet").unlink()
@@ -187,9 +190,9 @@ def test_the_command_goes_on_where_it_was_with_labels_shared_by_two(trained: Con
             write_task(Ranker(dataclasses.replace(job, settings=PredictConfig(rows=100)), "cpu", 1)(tokens_task(batch, job)), job)
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
     assert kept
-    done = haste(*words)
-    assert done.returncode == 0, done.stderr
-    assert f"{out}: {len(many) // 100 + 2} parts; " in done.stdout
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    assert f"{out}: {len(many) // 100 + 2} parts; " in capsys.readouterr().out
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     check_against_predictor(trained, out, 0, many, 4)
     check_against_predictor(trained, out, 2, texts(33, 3), 4)
