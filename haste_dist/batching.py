@@ -1,7 +1,8 @@
 """Requests computed together: those that come while others are being computed wait for one another, and go together.
 
 Ray Serve's own batching closes a batch whenever its timeout is over, also while the batch before is still being computed, so that under
-load its batches stay small (of 64 requests that waited, 1.5 went together). One batch at a time: a second one ahead would take from the next.
+load its batches stay small (of 64 requests that waited, 1.5 went together). One batch at a time: a second one ahead would take from the
+next.
 """
 
 import asyncio
@@ -17,10 +18,14 @@ class Batcher(Generic[Item, Result]):
     """Called with an item, it answers with the item's result. All calls come from one event loop."""
 
     def __init__(
-        self, run: Callable[[list[Item]], Awaitable[list[Result]]], most: int, wait: float = 0.0, size_of: Callable[[Item], int] = lambda _: 1
+        self,
+        run: Callable[[list[Item]], Awaitable[list[Result]]],
+        most: int,
+        wait: float = 0.0,
+        size_of: Callable[[Item], int] = lambda _: 1,
     ):
-        """``run``: a batch's results, in order; what it raises, all of the batch get. ``most``: the sum of ``size_of`` over a batch (a larger item
-        goes alone). ``wait``: seconds that an item waits for others where none is being computed."""
+        """``run``: a batch's results, in order; what it raises, all of the batch get. ``most``: the sum of ``size_of`` over a batch (a
+        larger item goes alone). ``wait``: seconds that an item waits for others where none is being computed."""
         self._run, self._most, self._wait, self._size_of = run, most, wait, size_of
         self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
         self._working: asyncio.Task[None] | None = None
@@ -41,7 +46,7 @@ class Batcher(Generic[Item, Result]):
                 results = await self._run([item for item, _ in batch])
                 if len(results) != len(batch):
                     raise RuntimeError(f"{len(results)} results for {len(batch)} requests")
-            except Exception as error:  # noqa: BLE001  each request tells its own client
+            except Exception as error:
                 for future in futures:
                     if not future.done():
                         future.set_exception(error)

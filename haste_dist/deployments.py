@@ -22,7 +22,7 @@ from haste_dist.use_config import ServeConfig
 
 Item = tuple[list[str], int, int]  # texts, k, neighbours
 NAME = "haste"
-# Serve's own threads for a process's code and for its calls to others are there for code that blocks; here it would be two hand-overs a request.
+# Serve's threads of their own for a process's code and for its calls to others are for code that blocks: here, two hand-overs a request.
 ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 
 
