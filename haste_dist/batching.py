@@ -57,7 +57,8 @@ class Batcher(Generic[Item, Result]):
 
     def _take(self) -> list[tuple[Item, "asyncio.Future[Result]"]]:
         """The first ones that fit, without those whose clients have gone."""
-        batch, size = [], 0
+        batch: list[tuple[Item, asyncio.Future[Result]]] = []
+        size = 0
         while self._waiting:
             item, future = self._waiting[0]
             if not future.done():
