@@ -209,7 +209,8 @@ def stays_flat(world: World, config: Config, steps: int) -> None:
 
     assert train(config, world, look).step == steps
     halves = seen[steps // 4 : steps // 2], seen[-steps // 4 :]
-    files, threads, memory = ([sorted(one[i] for one in part)[len(part) // 2] for part in halves] for i in range(3))
+    files, threads = ([min(one[i] for one in part) for part in halves] for i in range(2))  # as they are while no save is being written
+    memory = [sorted(one[2] for one in part)[len(part) // 2] for part in halves]
     print(f"open files {files}, threads {threads}, MiB {[m / 2**20 for m in memory]}")
     assert files[0] == files[1]
     assert threads[0] == threads[1]
