@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -19,6 +20,7 @@ from haste_dist.config import Config, save_config
 from haste_dist.errors import ConfigError, HasteError
 from haste_dist.runlog import read_events
 from haste_launch import cli
+from haste_launch.ray_session import ray_session
 from haste_launch.ray_train import (
     ECHO_SECONDS,
     absolute_paths,
@@ -227,3 +229,16 @@ def test_a_run_that_would_fill_its_gpus_is_refused_before_ranks_start(config: Co
     config.launch.label_parallel = 3
     with pytest.raises(ConfigError, match="label_parallel=3 does not divide the 2 ranks"):
         check_memory(config, open_prepared(config))
+
+
+def test_a_command_that_joined_a_cluster_waits_for_none_of_its_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once ended half a minute late, looking for the end of servers that it had not started."""
+    import ray
+
+    for name, value in {"is_initialized": False, "init": None, "shutdown": None}.items():
+        monkeypatch.setattr(ray, name, lambda *_, value=value, **__: value)
+    config = Config()
+    config.launch.address = "127.0.0.1:1"
+    with ray_session(config):
+        pass
+    assert "end of Ray" not in [thread.name for thread in threading.enumerate()]
