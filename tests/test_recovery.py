@@ -21,7 +21,7 @@ from haste_dist.errors import HasteError
 from haste_dist.runlog import read_events
 from haste_dist.train import train
 from haste_dist.world import join_world
-from haste_launch.attempts import may_pass, until_done, wait_for_ranks
+from haste_launch.attempts import may_pass, newest_step, until_done, wait_for_ranks
 
 IN_HOSTS = pytest.mark.skipif(not FULL and hosts.are_possible(), reason="test_hosts kills a rank too; HASTE_FULL=1 runs it")
 
@@ -54,7 +54,7 @@ def hurt(page: Path, config: Config, numbers: list[int]) -> str:
     process = subprocess.Popen(words, env={**os.environ, "HASTE_TEST_MARK": mark}, stderr=subprocess.PIPE, text=True)
     try:
         for failures, number in enumerate(numbers):
-            wait_for(lambda failures=failures: failures_and_steps(run) >= (failures, 12))
+            wait_for(lambda failures=failures: failures_and_steps(run) >= (failures, 12) and newest_step(run))
             os.kill(ranks_with(mark)[1], number)
         _, said = process.communicate(timeout=SECONDS)
         assert process.returncode == 0, said
@@ -92,7 +92,7 @@ def test_a_lost_node_leaves_a_run_that_goes_on_with_fewer_ranks(tmp_path: Path, 
         wait_for(lambda: any(b"raylet" in command_of(pid) for pid in alive_with(marks[1])))
         words = [sys.executable, "-m", "haste_launch.cli", "train", str(tmp_path / "c.yaml"), f"launch.address=127.0.0.1:{port}"]
         process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: (run / "metrics.jsonl").exists() and step_of(run) > 12)
+        wait_for(lambda: (run / "metrics.jsonl").exists() and step_of(run) > 12 and newest_step(run))
         assert len(ranks_with(marks[1])) == 1
         kill_all(marks[1])
         _, said = process.communicate(timeout=SECONDS)
