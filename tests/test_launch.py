@@ -56,7 +56,8 @@ def test_ctrl_c_and_sigterm_save_and_leave_no_process(config: Config, tmp_path: 
     )
     run = Path(config.run.folder)
     metrics = run / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(read_losses(run)) > 20)
+    wait_for(lambda: process.poll() is not None or (metrics.exists() and len(read_losses(run)) > 20))
+    assert process.poll() is None, process.communicate()[1]
     assert len(alive_with(mark)) > 3  # the command, Ray's servers, two ranks
     os.killpg(process.pid, number)  # what a terminal does, or timeout: everyone in the group gets it
     _, said = process.communicate(timeout=SECONDS)
