@@ -49,22 +49,38 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
             raise ConfigError(f"launch.address: no Ray cluster at '{address}' ({str(error).splitlines()[0]})") from None
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains the nodes of such a cluster
-        # With RAY_AUTH_MODE unset Ray turns token authentication on for a new cluster.
-        with _sheltered_children() as servers:
-            ray.init(
-                address="local",
-                num_cpus=config.data.workers or len(os.sched_getaffinity(0)),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
-                **quiet,
-            )
+        servers = _start_twice(config, quiet)
     try:
         yield
     finally:
         if servers:  # not where a cluster was joined: it goes on
             _end_with_raylet(servers)
         ray.shutdown()
+
+
+def _start_twice(config: Config, quiet: dict[str, Any]) -> list[int]:
+    """Starts Ray on this machine, a second time if need be: on starved cores its raylet gives up on its agent after some 20 s.
+    Returns the ids of its servers."""
+    import ray
+
+    for last in (False, True):
+        try:
+            # With RAY_AUTH_MODE unset Ray turns token authentication on for a new cluster.
+            with _sheltered_children() as servers:
+                ray.init(
+                    address="local",
+                    num_cpus=config.data.workers or len(os.sched_getaffinity(0)),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
+            break
+        except Exception:
+            ray.shutdown()
+            if last:
+                raise
+    return servers
 
 
 @contextlib.contextmanager

@@ -243,3 +243,19 @@ def test_a_command_that_joined_a_cluster_waits_for_none_of_its_servers(monkeypat
     with ray_session(config):
         pass
     assert "end of Ray" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_ray_is_started_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    begun: list[str] = []
+
+    def start(address: str, **_: object) -> None:
+        begun.append(address)
+        if len(begun) == 1:
+            raise RuntimeError("the raylet has gone")
+
+    for name, value in {"is_initialized": lambda: False, "init": start, "shutdown": lambda: begun.append("end")}.items():
+        monkeypatch.setattr(ray, name, value)
+    with ray_session(Config()):
+        assert begun == ["local", "end", "local"]
