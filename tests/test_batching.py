@@ -20,6 +20,19 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(limited())
 
 
+class Busy:
+    """A model that is busy until it is told that it is free, and remembers its batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.free = asyncio.Event()
+
+    async def __call__(self, items: list[int]) -> list[int]:
+        self.batches.append(items)
+        await self.free.wait()
+        return items
+
+
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), max_size=6), st.integers(1, 12))
 def test_each_gets_its_own_result_and_batches_fit(waves: list[list[int]], most: int) -> None:
     """Waves of requests, each while the one before is being computed."""
@@ -46,27 +59,20 @@ def test_each_gets_its_own_result_and_batches_fit(waves: list[list[int]], most: 
 
 def test_those_that_come_meanwhile_go_together() -> None:
     """Ray Serve's batching fails this: it closes a batch of what came within its timeout, whether or not the one before is done."""
-    batches: list[list[int]] = []
 
-    async def work() -> None:
-        free = asyncio.Event()
-
-        async def compute(items: list[int]) -> list[int]:
-            batches.append(items)
-            await free.wait()
-            return items
-
-        batcher = Batcher(compute, 64)
+    async def work() -> list[list[int]]:
+        model = Busy()
+        batcher = Batcher(model, 64)
         tasks = [asyncio.create_task(batcher(0))]
         for i in range(1, 9):
             await asyncio.sleep(0.005)
             tasks.append(asyncio.create_task(batcher(i)))
         await asyncio.sleep(0.005)
-        free.set()
+        model.free.set()
         await asyncio.gather(*tasks)
+        return model.batches
 
-    run(work())
-    assert batches == [[0], [1, 2, 3, 4, 5, 6, 7, 8]]
+    assert run(work()) == [[0], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 
 def test_the_first_waits_for_others() -> None:
@@ -103,17 +109,9 @@ def test_an_error_is_each_ones_and_the_next_batch_goes_on() -> None:
 
 
 def test_a_client_that_has_gone_is_not_computed_and_harms_none() -> None:
-    batches: list[list[int]] = []
-
-    async def work() -> None:
-        free = asyncio.Event()
-
-        async def compute(items: list[int]) -> list[int]:
-            batches.append(items)
-            await free.wait()
-            return items
-
-        batcher = Batcher(compute, 8)
+    async def work() -> list[list[int]]:
+        model = Busy()
+        batcher = Batcher(model, 8)
         tasks = [asyncio.create_task(batcher(0))]
         await asyncio.sleep(0.01)
         tasks += [asyncio.create_task(batcher(i)) for i in (1, 2, 3)]
@@ -122,11 +120,11 @@ def test_a_client_that_has_gone_is_not_computed_and_harms_none() -> None:
             gone.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await gone
-        free.set()
+        model.free.set()
         assert await asyncio.gather(tasks[1], tasks[3]) == [1, 3]
+        return model.batches
 
-    run(work())
-    assert batches == [[0], [1, 3]]
+    assert run(work()) == [[0], [1, 3]]
 
 
 def test_an_error_after_a_client_has_gone_reaches_the_others() -> None:

@@ -45,7 +45,7 @@ def test_steps_are_as_exact_as_plain_torch(size: int, bias: bool, momentum: str 
                 ours, theirs = (float((one != want).float().mean()) for one in (got, naive))
                 print(f"{name} of {type(state).__name__}: {ours:.4f} of it other than exact, plain torch {theirs:.4f}")
                 assert ours <= 1.1 * theirs + 1e-3, name
-                assert distance(got, want) < 0.03, name
+                assert distance(got, want) < (0.03 if getattr(mine, name).dtype == FLOAT8 else 4e-3), name
 
 
 def test_rounding_bits_are_those_of_the_cpu() -> None:
