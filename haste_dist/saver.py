@@ -253,8 +253,8 @@ class Saver:
         put_back(self.folder)
         sync_folder(self.folder)
         point(self.folder, "last", state.step)
-        if state.best_step == state.step:
-            point(self.folder, "best", state.step)
+        if (self.folder / folder_name(state.best_step)).is_dir():  # also an earlier one: a process may have been killed at this line
+            point(self.folder, "best", state.best_step)
         prune(self.folder, state.best_step, self.config)
 
     def _agree(self, page: dict[str, Any], partial: Path | None = None) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -271,3 +272,22 @@ def test_a_tensor_with_one_bad_number_is_named(dtype: torch.dtype, at: int) -> N
     for sign in (1.0, -1.0):
         bad[at] = math.copysign(math.nan, sign)
         assert _find_not_finite({"a": sound, "b": bad.to(dtype)}) == "b"
+
+
+def test_the_next_save_mends_what_a_kill_between_the_pointers_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after last.json names a better checkpoint, before best.json does: the one that it still names is pruned later."""
+    layer, config = classifier(1, 0, 1), CheckpointConfig(keep=1)
+    with Saver(tmp_path, config, join_world("cpu"), "order") as one:
+        one.save(RunState(10, best_step=10), NoEncoder(), layer)  # type: ignore[arg-type]
+    real = saver.point
+    with monkeypatch.context() as patch:
+        patch.setattr(saver, "point", lambda folder, name, step: real(folder, name, step) if name == "last" else sys.exit("killed"))
+        killed = Saver(tmp_path, config, join_world("cpu"), "order")
+        killed.save(RunState(20, best_step=20), NoEncoder(), layer)  # type: ignore[arg-type]
+        with pytest.raises(SystemExit):
+            killed.wait()
+    assert checkpoint.pointed(tmp_path, "best").name == "step-00000010"
+    with Saver(tmp_path, config, join_world("cpu"), "order") as one:
+        one.save(RunState(30, best_step=20), NoEncoder(), layer)  # type: ignore[arg-type]
+    assert [checkpoint.pointed(tmp_path, name).name for name in ("last", "best")] == ["step-00000030", "step-00000020"]
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000020", "step-00000030"]
