@@ -29,6 +29,7 @@ from haste_dist.world import join_world
 from haste_launch.serve import LEAST_TOKEN, check_port, the_token
 
 SECONDS = 120
+TIMEOUT = 10  # that a slow client is waited for, and in which an answer must be there: two cores may be busy with other tests
 TEXTS = ["w0 w1 w14", "w7 w8 w9 w21", "w3"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -49,7 +50,7 @@ class Service:
 
     def __init__(self, run: str, folder: Path):
         self.port, self.token_file = free_port(), folder / "token"
-        words = [f"serve.port={self.port}", f"serve.token_file={self.token_file}", "serve.reload=0.2", "serve.parts=2", "serve.timeout=2"]
+        words = [f"serve.port={self.port}", f"serve.token_file={self.token_file}", "serve.reload=0.2", "serve.parts=2", f"serve.timeout={TIMEOUT}"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "haste_launch.cli", "serve", run, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -106,7 +107,7 @@ def test_it_answers_as_the_model_does_and_follows_the_checkpoint_without_an_erro
     stop.set()
     for thread in threads:
         thread.join()
-    assert {status for status, _ in answers} == {200}
+    assert not [answer for answer in answers if answer[0] != 200]
     assert {page["model"] for _, page in answers} == {older, newer}
     expected = {version: Predictor(trained.run.folder, version, "cpu").predict(TEXTS, 3) for version in (older, newer)}
     for _, page in answers:  # no answer mixes the two
