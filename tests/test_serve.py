@@ -29,7 +29,7 @@ from haste_dist.world import join_world
 from haste_launch.serve import LEAST_TOKEN, check_port, the_token
 
 SECONDS = 120
-TIMEOUT = 10  # that a slow client is waited for, and in which an answer must be there: two cores may be busy with other tests
+TIMEOUT = 10  # for a slow client to send its request, and for an answer: two cores may be busy with other tests
 TEXTS = ["w0 w1 w14", "w7 w8 w9 w21", "w3"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -50,7 +50,13 @@ class Service:
 
     def __init__(self, run: str, folder: Path):
         self.port, self.token_file = free_port(), folder / "token"
-        words = [f"serve.port={self.port}", f"serve.token_file={self.token_file}", "serve.reload=0.2", "serve.parts=2", f"serve.timeout={TIMEOUT}"]
+        words = [
+            f"serve.port={self.port}",
+            f"serve.token_file={self.token_file}",
+            "serve.reload=0.2",
+            "serve.parts=2",
+            f"serve.timeout={TIMEOUT}",
+        ]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "haste_launch.cli", "serve", run, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
