@@ -55,7 +55,7 @@ class Classifier:
     def __init__(self, config: OutputConfig, shard: LabelShard, width: int, seed: int, device: torch.device, steps: Steps = KERNELS):
         """``width``: D of the encoder. Initial values are keyed by global row, so that they do not depend on the sharding."""
         self.config, self.shard, self.seed, self.device = config, shard, seed, device
-        self.steps = steps
+        self.width, self.steps = width, steps
         self.head_slice = feature_slice(config.head_features, width)
         self.tail_slice = feature_slice(config.tail_features, width)
         for name, part in (("head_features", self.head_slice), ("tail_features", self.tail_slice)):

@@ -37,7 +37,7 @@ class Front:
             return await self.model.answer.remote(items)
 
         settings = self.settings
-        batcher = Batcher(answer, max(settings.batch_size, settings.max_texts), settings.batch_wait, lambda item: len(item[0]))
+        batcher = Batcher(answer, most_texts(settings), settings.batch_wait, lambda item: len(item[0]))
 
         async def ask(texts: list[str], k: int, neighbours: int) -> dict[str, Any]:
             return await batcher((texts, k, neighbours))
@@ -51,9 +51,9 @@ class Front:
 class Part:
     """Labels of one of several processes."""
 
-    def __init__(self, run: str, part: int, parts: int, device: str, threads: int):
+    def __init__(self, run: str, part: int, parts: int, device: str, threads: int, most: int):
         _use_threads(threads)
-        self.labels = LabelPart(run, part, parts, device)
+        self.labels = LabelPart(run, part, parts, device, most)
 
     async def hold(self, versions: list[str]) -> None:
         await asyncio.to_thread(self.labels.hold, versions)
@@ -67,7 +67,7 @@ class Model:
 
     def __init__(self, run: str, checkpoint: str, device: str, threads: int, settings: ServeConfig, *others: DeploymentHandle):
         _use_threads(threads)
-        self.live = LiveModel(run, checkpoint, device, settings.parts)
+        self.live = LiveModel(run, checkpoint, device, settings.parts, most_texts(settings))
         self.others, self.settings = others, settings
         self.one_at_a_time = asyncio.Lock()
         self.following = asyncio.get_running_loop().create_task(self._follow()) if settings.reload else None
@@ -118,9 +118,17 @@ def application(run: str, checkpoint: str, config: Config, on_gpu: bool, threads
         return serve.deployment(kind, name=name, ray_actor_options=actor, max_ongoing_requests=most, health_check_timeout_s=120)
 
     heavy = {"num_gpus": 1.0, "num_cpus": 0.0} if on_gpu else {"num_cpus": 0.0}
-    others = [deploy(Part, f"labels-{i}", heavy).bind(run, i, settings.parts, device, threads) for i in range(1, settings.parts)]
+    others = [
+        deploy(Part, f"labels-{i}", heavy).bind(run, i, settings.parts, device, threads, most_texts(settings))
+        for i in range(1, settings.parts)
+    ]
     model = deploy(Model, "model", heavy).bind(run, checkpoint, device, threads, settings, *others)
     return deploy(serve.ingress()(Front), "front", {"num_cpus": 0.0}).bind(settings, digest, model)
+
+
+def most_texts(settings: ServeConfig) -> int:
+    """Of a batch: a request is never divided."""
+    return max(settings.batch_size, settings.max_texts)
 
 
 def _use_threads(threads: int) -> None:

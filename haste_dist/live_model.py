@@ -29,15 +29,19 @@ Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 class LabelPart:
     """One process's share of the labels, of the versions in use."""
 
-    def __init__(self, folder: str | Path, part: int, parts: int, device: str = "auto"):
-        self.folder, self.part, self.parts, self.device = folder, part, parts, device
+    def __init__(self, folder: str | Path, part: int, parts: int, device: str = "auto", most: int = 1):
+        """``most``: texts asked about at once, whose kernels are compiled when the first version is loaded."""
+        self.folder, self.part, self.parts, self.device, self.most = folder, part, parts, device, most
         self._held: dict[str, Classifier] = {}
 
     def hold(self, versions: Sequence[str]) -> None:
         """Loads those of ``versions`` (checkpoint names) that are not there, and lets go of all others. Raises HasteError."""
         for version in versions:
             if version not in self._held:
-                self._held[version] = ModelFiles(self.folder, version).labels(self.device, self.part, self.parts)
+                labels = ModelFiles(self.folder, version).labels(self.device, self.part, self.parts)
+                if not self._held:
+                    compile_kernels(labels, torch.float32, self.most)
+                self._held[version] = labels
         for version in set(self._held) - set(versions):
             del self._held[version]
 
@@ -67,11 +71,13 @@ class Current:
 class LiveModel:
     """The first of ``parts`` processes: it has the encoder and its share of the labels."""
 
-    def __init__(self, folder: str | Path, name: str = "best", device: str = "auto", parts: int = 1):
-        """``name``: best, last (both may move) or one checkpoint. Raises HasteError."""
+    def __init__(self, folder: str | Path, name: str = "best", device: str = "auto", parts: int = 1, most: int = 1):
+        """``name``: best, last (both may move) or one checkpoint; ``most``: texts of a batch, for which kernels are compiled now. Raises
+        HasteError."""
         self.folder, self.name, self.device, self.parts = Path(folder), name, device, parts
         self.reloads, self.reload_error = 0, ""
         self.current = self.load(self.wanted())
+        compile_kernels(self.current.labels, self.embed(self.current, ["first"]).dtype, most)
 
     def wanted(self) -> str:
         """The version that ``name`` means now. Raises CheckpointError."""
@@ -82,7 +88,7 @@ class LiveModel:
         files = ModelFiles(self.folder, version)
         loaded = Current(files, files.embedder(self.device), files.labels(self.device, 0, self.parts))
         files.names, files.calibration  # noqa: B018  read now, not in a request
-        self.topk(loaded, self.embed(loaded, ["first"]), asked_for(1))  # kernels are compiled now, and what cannot run does not take over
+        self.topk(loaded, self.embed(loaded, ["first"]), asked_for(1))  # what cannot run does not take over
         return loaded
 
     async def follow(self, run: Callable[..., Awaitable[Any]], hold: Callable[[list[str]], Awaitable[Any]]) -> bool:
@@ -145,6 +151,22 @@ class LiveModel:
 def asked_for(k: int) -> int:
     """How many labels to look for where ``k`` are wanted: one of few numbers, since GPU kernels are compiled for each."""
     return max(8, 1 << (k - 1).bit_length())
+
+
+def batch_sizes(most: int) -> list[int]:
+    """Numbers of texts, of which each number up to ``most`` has one that takes the same compiled kernels: those of its power of two,
+    for sizes that 16 divides or not, and for 1. Largest first."""
+    top = 1 << (most - 1).bit_length()
+    powers = {1 << i for i in range(top.bit_length())}
+    return sorted(powers | {power - 1 for power in powers if power > 16}, reverse=True)
+
+
+@torch.no_grad()
+def compile_kernels(labels: Classifier, dtype: torch.dtype, most: int) -> None:
+    """Compiles what answers up to ``most`` texts at once with few labels each, so that no request waits for it (seconds on a GPU)."""
+    if labels.device.type == "cuda":
+        for n in batch_sizes(most):
+            labels.topk(torch.zeros(n, labels.width, dtype=dtype, device=labels.device), asked_for(1))
 
 
 def merged(found: Sequence[Found], k: int) -> Found:

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import make_prepared
 
 from haste_dist.checkpoint import complete, point, step_of
 from haste_dist.config import Config
 from haste_dist.export import export
-from haste_dist.live_model import LabelPart, LiveModel, asked_for, merged
+from haste_dist.live_model import LabelPart, LiveModel, asked_for, batch_sizes, compile_kernels, merged
 from haste_dist.predictor import Predictor
 from haste_dist.train import train
 from haste_dist.world import join_world
@@ -140,6 +143,37 @@ def test_answers_go_to_those_who_asked(run: Path) -> None:
 
 def test_few_numbers_of_labels_are_looked_for() -> None:
     assert [asked_for(k) for k in (1, 5, 8, 9, 100, 1000)] == [8, 8, 8, 16, 128, 1024]
+
+
+@given(st.integers(1, 5000), st.data())
+def test_each_batch_finds_its_kernels_compiled(most: int, data: st.DataObject) -> None:
+    def compiled_for(n: int) -> tuple[int, bool, bool]:  # tiles go by powers of two; Triton tells 1 and multiples of 16 from the rest
+        return max(16, 1 << (n - 1).bit_length()), n % 16 == 0, n == 1
+
+    n = data.draw(st.integers(1, most))
+    assert compiled_for(n) in map(compiled_for, batch_sizes(most))
+    assert max(batch_sizes(most)) < 2 * most
+
+
+def test_kernels_are_compiled_for_all_batches_on_a_gpu_alone() -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Labels:
+        width, device = 12, torch.device("cuda")
+
+        def topk(self, x_ND: Any, k: int) -> None:
+            asked.append((len(x_ND), k))
+
+    def zeros(*shape: int, **_: Any) -> np.ndarray[Any, Any]:
+        return np.zeros(shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", zeros)
+        compile_kernels(Labels(), torch.float32, 40)  # type: ignore[arg-type]
+    assert asked == [(n, 8) for n in (64, 63, 32, 31, 16, 8, 4, 2, 1)]
+    Labels.device = torch.device("cpu")
+    compile_kernels(Labels(), torch.float32, 40)  # type: ignore[arg-type]
+    assert len(asked) == 9
 
 
 def test_an_exported_model_has_one_version(run: Path, tmp_path: Path) -> None:
