@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from haste_dist.imports import import_ahead
 
 OBJECT_STORE_BYTES = 2**30  # of a cluster of our own; blocks in flight are a few MiB each
 SHUTDOWN_SECONDS = 30.0
+CONNECT_SECONDS = 10.0
 
 
 @contextlib.contextmanager
@@ -44,8 +46,9 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
     threading.Thread(target=import_ahead, args=(meanwhile,), name="imports").start()
     if address:
         try:
+            _check_that_something_listens(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, OverflowError, ValueError, RuntimeError) as error:
             raise ConfigError(f"launch.address: no Ray cluster at '{address}' ({str(error).splitlines()[0]})") from None
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains the nodes of such a cluster
@@ -56,6 +59,13 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
         if servers:  # not where a cluster was joined: it goes on
             _end_with_raylet(servers)
         ray.shutdown()
+
+
+def _check_that_something_listens(address: str) -> None:
+    """Raises OSError where nothing does: Ray itself tries for minutes, and speaks of its parts meanwhile."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:  # else "auto", or ray://, whose client says it in seconds
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def _start_twice(config: Config, quiet: dict[str, Any]) -> list[int]:

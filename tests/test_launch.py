@@ -1,7 +1,9 @@
 """Starting ranks: Ray and torchrun run the same loop, Ctrl-C saves and leaves nobody behind, a rank's error is one line."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -239,10 +241,24 @@ def test_a_command_that_joined_a_cluster_waits_for_none_of_its_servers(monkeypat
     for name, value in {"is_initialized": False, "init": None, "shutdown": None}.items():
         monkeypatch.setattr(ray, name, lambda *_, value=value, **__: value)
     config = Config()
-    config.launch.address = "127.0.0.1:1"
-    with ray_session(config):
-        pass
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        config.launch.address = f"127.0.0.1:{server.getsockname()[1]}"
+        with ray_session(config):
+            pass
     assert "end of Ray" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "127.0.0.1:99999", "no-such-host.invalid:6379"])
+def test_a_cluster_that_is_not_there_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """Ray itself tries for minutes."""
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asks Ray"))
+    config = Config()
+    config.launch.address = address
+    with pytest.raises(ConfigError, match=f"launch.address: no Ray cluster at '{re.escape(address)}' \\("), ray_session(config):
+        pass
 
 
 def test_ray_is_started_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
