@@ -51,9 +51,9 @@ class Front:
 class Part:
     """Labels of one of several processes."""
 
-    def __init__(self, run: str, part: int, parts: int, device: str, threads: int, most: int):
+    def __init__(self, run: str, checkpoint: str, device: str, threads: int, settings: ServeConfig, part: int):
         _use_threads(threads)
-        self.labels = LabelPart(run, part, parts, device, most)
+        self.labels = LabelPart(run, checkpoint, part, settings.parts, device, most_texts(settings))
 
     async def hold(self, versions: list[str]) -> None:
         await asyncio.to_thread(self.labels.hold, versions)
@@ -118,11 +118,9 @@ def application(run: str, checkpoint: str, config: Config, on_gpu: bool, threads
         return serve.deployment(kind, name=name, ray_actor_options=actor, max_ongoing_requests=most, health_check_timeout_s=120)
 
     heavy = {"num_gpus": 1.0, "num_cpus": 0.0} if on_gpu else {"num_cpus": 0.0}
-    others = [
-        deploy(Part, f"labels-{i}", heavy).bind(run, i, settings.parts, device, threads, most_texts(settings))
-        for i in range(1, settings.parts)
-    ]
-    model = deploy(Model, "model", heavy).bind(run, checkpoint, device, threads, settings, *others)
+    same = (run, checkpoint, device, threads, settings)
+    others = [deploy(Part, f"labels-{i}", heavy).bind(*same, i) for i in range(1, settings.parts)]
+    model = deploy(Model, "model", heavy).bind(*same, *others)
     return deploy(serve.ingress()(Front), "front", {"num_cpus": 0.0}).bind(settings, digest, model)
 
 

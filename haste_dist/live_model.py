@@ -29,25 +29,25 @@ Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 class LabelPart:
     """One process's share of the labels, of the versions in use."""
 
-    def __init__(self, folder: str | Path, part: int, parts: int, device: str = "auto", most: int = 1):
-        """``most``: texts asked about at once, whose kernels are compiled when the first version is loaded."""
-        self.folder, self.part, self.parts, self.device, self.most = folder, part, parts, device, most
+    def __init__(self, folder: str | Path, name: str, part: int, parts: int, device: str = "auto", most: int = 1):
+        """``name``, ``most``: as ``LiveModel`` has them. The version is loaded now, not in a request. Raises HasteError."""
+        self.folder, self.part, self.parts, self.device = Path(folder), part, parts, device
         self._held: dict[str, Classifier] = {}
+        version = wanted(self.folder, name)
+        self.hold([version])
+        compile_kernels(self._held[version], torch.float32, most)
 
     def hold(self, versions: Sequence[str]) -> None:
         """Loads those of ``versions`` (checkpoint names) that are not there, and lets go of all others. Raises HasteError."""
         for version in versions:
             if version not in self._held:
-                labels = ModelFiles(self.folder, version).labels(self.device, self.part, self.parts)
-                if not self._held:
-                    compile_kernels(labels, torch.float32, self.most)
-                self._held[version] = labels
+                self._held[version] = ModelFiles(self.folder, version).labels(self.device, self.part, self.parts)
         for version in set(self._held) - set(versions):
             del self._held[version]
 
     @torch.no_grad()
     def topk(self, version: str, x_ND: NDArray[np.float32], k: int) -> Found:
-        """The best of this share. A process that was started again loads ``version`` first. Raises HasteError."""
+        """The best of this share. A process that was started anew may have to load ``version`` first. Raises HasteError."""
         if version not in self._held:
             self.hold([*self._held, version])
         classifier = self._held[version]
@@ -76,12 +76,8 @@ class LiveModel:
         HasteError."""
         self.folder, self.name, self.device, self.parts = Path(folder), name, device, parts
         self.reloads, self.reload_error = 0, ""
-        self.current = self.load(self.wanted())
+        self.current = self.load(wanted(self.folder, name))
         compile_kernels(self.current.labels, self.embed(self.current, ["first"]).dtype, most)
-
-    def wanted(self) -> str:
-        """The version that ``name`` means now. Raises CheckpointError."""
-        return EXPORTED if is_export(self.folder) else checkpoint.resolve(self.folder / "checkpoints", self.name).name
 
     def load(self, version: str) -> Current:
         """Reads it beside the current one. Raises HasteError."""
@@ -96,7 +92,7 @@ class LiveModel:
         tells the other processes what to have. What goes wrong is kept in ``reload_error``, and the current one stays."""
         old = self.current.files.version
         try:
-            version = await run(self.wanted)
+            version = await run(wanted, self.folder, self.name)
             if version == old:
                 self.reload_error = ""
                 return False
@@ -146,6 +142,11 @@ class LiveModel:
             )
             at += texts
         return done
+
+
+def wanted(folder: Path, name: str) -> str:
+    """The version that ``name`` (best, last or one checkpoint) means now. Raises CheckpointError."""
+    return EXPORTED if is_export(folder) else checkpoint.resolve(folder / "checkpoints", name).name
 
 
 def asked_for(k: int) -> int:

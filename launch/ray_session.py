@@ -48,7 +48,7 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
         try:
             _check_that_something_listens(address)
             ray.init(address=address, **quiet)
-        except (OSError, OverflowError, ValueError, RuntimeError) as error:
+        except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"launch.address: no Ray cluster at '{address}' ({str(error).splitlines()[0]})") from None
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains the nodes of such a cluster
@@ -62,10 +62,13 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
 
 
 def _check_that_something_listens(address: str) -> None:
-    """Raises OSError where nothing does: Ray itself tries for minutes, and speaks of its parts meanwhile."""
+    """Raises ConnectionError where nothing does: Ray itself tries for minutes, and speaks of its parts meanwhile."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:  # else "auto", or ray://, whose client says it in seconds
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(str(error)) from None
 
 
 def _start_twice(config: Config, quiet: dict[str, Any]) -> list[int]:

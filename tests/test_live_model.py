@@ -108,7 +108,8 @@ def test_a_part_that_cannot_follow_keeps_all_on_the_old_version(run: Path) -> No
 def test_parts_answer_as_one_by_version(run: Path, parts: int) -> None:
     older, newer = names(run)[0], names(run)[-1]
     live = LiveModel(run, older, "cpu", parts)
-    others = [LabelPart(run, part, parts, "cpu") for part in range(1, parts)]
+    others = [LabelPart(run, older, part, parts, "cpu") for part in range(1, parts)]
+    assert [list(other._held) for other in others] == [[older]] * (parts - 1)  # before anybody asks
     for version in (older, newer):
         model = live.load(version)
         x_ND = live.embed(model, TEXTS)
