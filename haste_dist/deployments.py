@@ -53,7 +53,8 @@ class Part:
 
     def __init__(self, run: str, checkpoint: str, device: str, threads: int, settings: ServeConfig, part: int):
         _use_threads(threads)
-        self.labels = LabelPart(run, checkpoint, part, settings.parts, device, most_texts(settings))
+        self.labels = LabelPart(run, part, settings.parts, device)
+        self.labels.warm(checkpoint, most_texts(settings))
 
     async def hold(self, versions: list[str]) -> None:
         await asyncio.to_thread(self.labels.hold, versions)
@@ -67,7 +68,8 @@ class Model:
 
     def __init__(self, run: str, checkpoint: str, device: str, threads: int, settings: ServeConfig, *others: DeploymentHandle):
         _use_threads(threads)
-        self.live = LiveModel(run, checkpoint, device, settings.parts, most_texts(settings))
+        self.live = LiveModel(run, checkpoint, device, settings.parts)
+        self.live.warm(most_texts(settings))
         self.others, self.settings = others, settings
         self.one_at_a_time = asyncio.Lock()
         self.following = asyncio.get_running_loop().create_task(self._follow()) if settings.reload else None

@@ -29,10 +29,12 @@ Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 class LabelPart:
     """One process's share of the labels, of the versions in use."""
 
-    def __init__(self, folder: str | Path, name: str, part: int, parts: int, device: str = "auto", most: int = 1):
-        """``name``, ``most``: as ``LiveModel`` has them. The version is loaded now, not in a request. Raises HasteError."""
+    def __init__(self, folder: str | Path, part: int, parts: int, device: str = "auto"):
         self.folder, self.part, self.parts, self.device = Path(folder), part, parts, device
         self._held: dict[str, Classifier] = {}
+
+    def warm(self, name: str, most: int) -> None:
+        """Loads the version that ``name`` means now, and compiles for up to ``most`` texts at once: before requests. Raises HasteError."""
         version = wanted(self.folder, name)
         self.hold([version])
         compile_kernels(self._held[version], torch.float32, most)
@@ -71,12 +73,14 @@ class Current:
 class LiveModel:
     """The first of ``parts`` processes: it has the encoder and its share of the labels."""
 
-    def __init__(self, folder: str | Path, name: str = "best", device: str = "auto", parts: int = 1, most: int = 1):
-        """``name``: best, last (both may move) or one checkpoint; ``most``: texts of a batch, for which kernels are compiled now. Raises
-        HasteError."""
+    def __init__(self, folder: str | Path, name: str = "best", device: str = "auto", parts: int = 1):
+        """``name``: best, last (both may move) or one checkpoint. Raises HasteError."""
         self.folder, self.name, self.device, self.parts = Path(folder), name, device, parts
         self.reloads, self.reload_error = 0, ""
         self.current = self.load(wanted(self.folder, name))
+
+    def warm(self, most: int) -> None:
+        """Compiles for up to ``most`` texts at once: before requests."""
         compile_kernels(self.current.labels, self.embed(self.current, ["first"]).dtype, most)
 
     def load(self, version: str) -> Current:

@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_prepared
 
+from haste_dist import deployments
 from haste_dist.checkpoint import complete, point, step_of
 from haste_dist.config import Config
 from haste_dist.export import export
 from haste_dist.live_model import LabelPart, LiveModel, asked_for, batch_sizes, compile_kernels, merged
 from haste_dist.predictor import Predictor
 from haste_dist.train import train
+from haste_dist.use_config import ServeConfig
 from haste_dist.world import join_world
 
 TEXTS = ["w0 w1 w14", "w7 w8 w9 w21", "w3", "w190 w2 w5 w6 w7"]
@@ -108,8 +110,7 @@ def test_a_part_that_cannot_follow_keeps_all_on_the_old_version(run: Path) -> No
 def test_parts_answer_as_one_by_version(run: Path, parts: int) -> None:
     older, newer = names(run)[0], names(run)[-1]
     live = LiveModel(run, older, "cpu", parts)
-    others = [LabelPart(run, older, part, parts, "cpu") for part in range(1, parts)]
-    assert [list(other._held) for other in others] == [[older]] * (parts - 1)  # before anybody asks
+    others = [LabelPart(run, part, parts, "cpu") for part in range(1, parts)]
     for version in (older, newer):
         model = live.load(version)
         x_ND = live.embed(model, TEXTS)
@@ -121,6 +122,11 @@ def test_parts_answer_as_one_by_version(run: Path, parts: int) -> None:
         assert set(other._held) == {older, newer}
         other.hold([newer])
         assert set(other._held) == {newer}
+
+
+def test_the_services_processes_load_before_anybody_asks(run: Path) -> None:
+    part = deployments.Part(str(run), "best", "cpu", torch.get_num_threads(), ServeConfig(parts=2), 1)
+    assert set(part.labels._held) == {names(run)[0]}
 
 
 def test_answers_go_to_those_who_asked(run: Path) -> None:
