@@ -17,5 +17,9 @@ class CheckpointError(HasteError):
     """A checkpoint is missing, incomplete, corrupt, or belongs to another run."""
 
 
+class OutOfMemory(HasteError):
+    """The memory of a device, or of a machine, is full."""
+
+
 class Interrupted(HasteError):
     """The user asked to stop; everything worth keeping has been saved. Exit status 130."""

@@ -29,7 +29,7 @@ from haste_dist.config import Config
 from haste_dist.devices import known_device
 from haste_dist.encoder import Encoder, build_encoder
 from haste_dist.engine import EncoderEngine
-from haste_dist.errors import HasteError
+from haste_dist.errors import OutOfMemory
 from haste_dist.live_bytes import LiveBytes
 from haste_dist.loader import Batch
 from haste_dist.memory import GIB, Facts, memory_plan, room
@@ -48,10 +48,6 @@ BATCHES = 4  # made before the clock starts, and taken in turn
 RISE = 1000  # steps in which learning rates would reach their peak: the study's few are the first of them
 WAITING = ("gather", "scatter")  # of these the fastest rank's time counts: the others wait for it
 TOPK, TOPK_CALLS = 5, 3
-
-
-class OutOfMemory(HasteError):
-    """A rank's device is full: the point cannot be measured there."""
 
 
 @dataclass(frozen=True)

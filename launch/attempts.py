@@ -7,12 +7,13 @@ a long run outlives any number of failures as long as it gets on between them.
 Ray Train can restart ranks itself, but it would also repeat mistakes, and its elastic mode stops healthy ranks to resize them.
 """
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from haste_dist.config import Config
-from haste_dist.errors import HasteError
+from haste_dist.errors import HasteError, OutOfMemory
 from haste_dist.runlog import FILE, RunLog, read_events
 
 COUNT_SECONDS = 1.0  # between two looks at a cluster that lacks ranks
@@ -39,7 +40,7 @@ def until_done(
         left = config.launch.retries - 1 if step > reached else left - 1
         reached = max(step, reached)
         if left < 0:
-            raise error
+            raise user_error(error) or error
         _note(run, error, step, left)
         ranks = wait_for_ranks(config, wanted, available, pause)
         if not ranks:
@@ -73,8 +74,27 @@ def wait_for_ranks(
 
 
 def user_error(error: BaseException) -> HasteError | None:
-    """The HasteError that a rank raised, out of Ray's wrapping; None if the failure is no user's mistake."""
-    return next((one for one in _causes(error) if isinstance(one, HasteError)), None)
+    """What a user can do something about, out of Ray's wrapping: the HasteError that a rank raised, or memory that is full; else None."""
+    found = next((one for one in _causes(error) if isinstance(one, HasteError)), None)
+    return found or next((OutOfMemory(line) for one in _causes(error) if (line := _full(one))), None)
+
+
+def _full(error: BaseException) -> str:
+    """Which memory is full and what to do, "" where none is: a GPU's, or a machine's, whose ranks Ray ends before the kernel would."""
+    import torch
+    from ray.exceptions import OutOfMemoryError
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"a GPU's memory is full ({str(error).splitlines()[0]}); haste plan says which settings fit"
+    killed = getattr(error, "health_check_failure", error)
+    if not isinstance(killed, OutOfMemoryError):
+        return ""
+    said = re.search(r"\(IP: (\S+?),.*?was (\S+ used / \S+ limit)", str(killed))
+    where = f"of {said[1]} is full ({said[2]})" if said else "of a machine is full"
+    return (
+        f"the memory {where}, so Ray ended a rank; smaller batches (train.batch_size, or train.accumulation), fewer labels or fewer ranks "
+        "there take less, and so does all else that runs on it"
+    )
 
 
 def may_pass(error: BaseException) -> bool:

@@ -272,8 +272,8 @@ def _add_scale(command: argparse.ArgumentParser) -> None:
     for flag, metavar, default, summary in (
         ("--labels", "L", "", "labels, the same at every number of ranks: strong scaling (default 1M,10M,40M; 20k,80k on a CPU)"),
         ("--labels-a-rank", "L", "", "labels that grow with the ranks: weak scaling (default 10M; 40k on a CPU)"),
-        ("--ranks", "W", "", "ranks (default powers of two up to all GPUs, or all cores)"),
-        ("--batch", "N", "", "texts a step over all ranks (default train.batch_size)"),
+        ("--ranks", "W", "", "ranks (default powers of two up to all GPUs, or 4 cores)"),
+        ("--batch", "N", "", "texts a step over all ranks (default train.batch_size; on a CPU 4 at most)"),
         ("--fan-in", "F", "", "default output.fan_in"),
         ("--group", "G", "", "default output.group_size"),
         ("--exponent", "E", "1.0", "of Zipf-Mandelbrot's law, by which labels are drawn (default 1.0)"),
@@ -291,8 +291,8 @@ def _add_scale(command: argparse.ArgumentParser) -> None:
         command.add_argument(flag, metavar=metavar, default=default, help=summary)
     command.add_argument("--gpus-a-host", type=_positive, default=8, metavar="COUNT", help="for predictions (default 8)")
     command.add_argument("--sweep", action="append", default=[], metavar="NAME=V,V", help="vary one number alone; may be given again")
-    command.add_argument("--warmup", type=_positive, default=5, metavar="STEPS", help="steps that are not timed (default 5)")
-    command.add_argument("--steps", type=_positive, default=20, metavar="STEPS", help="steps that are timed (default 20)")
+    command.add_argument("--warmup", type=_positive, metavar="STEPS", help="steps that are not timed (default 5; 1 on a CPU)")
+    command.add_argument("--steps", type=_positive, metavar="STEPS", help="steps that are timed (default 20; 3 on a CPU)")
     command.add_argument("--no-plot", action="store_true", help="draw nothing")
 
 

@@ -20,15 +20,15 @@ from rich.table import Table
 
 from haste_dist.config import Config
 from haste_dist.cost_model import FEWEST, FILE, CostModel, Load, Network, fit, kept_path, load_of_row
-from haste_dist.errors import ConfigError, Interrupted
-from haste_dist.measure import Effort, OutOfMemory, device_name
+from haste_dist.errors import ConfigError, Interrupted, OutOfMemory
+from haste_dist.measure import Effort, device_name
 from haste_dist.records import stamp
 from haste_dist.study import Efficiency, Point, Row, add_row, layer_ms, measured, missing, read_study, strong_scaling, weak_scaling
 from haste_dist.synthetic import LabelLaw
 from haste_launch.progress import short
 from haste_launch.ray_session import ray_session
 from haste_launch.ray_train import absolute_paths, count_ranks, run_ranks
-from haste_launch.scale_settings import Words, choose_ranks, points_of
+from haste_launch.scale_settings import Words, choose_ranks, filled, points_of
 
 TABLE_WIDTH = 132  # where the output is no terminal
 RECORDS = "benchmarks/records"
@@ -47,8 +47,11 @@ def scale(config: Config, words: Words) -> int:
         most, cuda = _most_ranks(config, ray.cluster_resources())
         if not cuda and not config.launch.threads:  # else one rank would have all cores, and more ranks no more of them
             config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, threads=1))
-        points = points_of(words, config, choose_ranks(words, most), cuda)
         console = Console(stderr=True, highlight=False, soft_wrap=True)
+        said, words = words, filled(words, config, cuda)
+        if not said.batch and words.batch != [config.train.batch_size]:
+            console.print(f"on a CPU: {words.batch[0]} texts a batch, not {config.train.batch_size} (--batch says how many)")
+        points = points_of(words, config, choose_ranks(words, most, cuda), cuda)
         device = _device(cuda)
         left = missing(points, rows, config, law, device) if device else points
         if len(left) < len(points):

@@ -7,7 +7,7 @@ scaling), ``--labels-a-rank`` grow with them (weak scaling). A sweep varies one 
 import math
 import os
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,9 @@ SWEPT = ("labels", "batch", "fan_in", "group")
 # Labels in all, and a rank, where none are said.
 GPU = {"labels": [1_000_000, 10_000_000, 40_000_000], "labels_a_rank": [10_000_000]}
 CPU = {"labels": [20_000, 80_000], "labels_a_rank": [40_000]}
+GPU_STEPS, CPU_STEPS = (5, 20), (1, 3)  # warm-up and timed
+# At most, where none are said: 512 texts of BERT-base are minutes a step and more than 20 GB there, and each rank has its own weights.
+CPU_BATCH = CPU_RANKS = 4
 MOST_LABELS = 2**31 - 1  # label rows of prepared texts are int32
 
 
@@ -82,8 +85,8 @@ def read_words(args: Namespace) -> Words:
         exponent=_real("--exponent", args.exponent, 0.0, 10.0),
         shift=_real("--shift", args.shift, 1e-3, 1e9),
         positives=_real("--positives", args.positives, 1.0, 1000.0),
-        warmup=args.warmup,
-        steps=args.steps,
+        warmup=args.warmup or 0,
+        steps=args.steps or 0,
         out=out,
         records=args.records,
         plot=not args.no_plot,
@@ -92,24 +95,32 @@ def read_words(args: Namespace) -> Words:
     )
 
 
-def choose_ranks(words: Words, most: int) -> list[int]:
-    """Those asked for, else powers of two up to ``most`` and ``most`` itself. Raises ConfigError for more than there are."""
+def filled(words: Words, config: Config, cuda: bool) -> Words:
+    """With batch, warm-up and steps where none were said: a CPU gets what it ends within minutes."""
+    warmup, steps = GPU_STEPS if cuda else CPU_STEPS
+    batch = config.train.batch_size if cuda else min(CPU_BATCH, config.train.batch_size)
+    return replace(words, batch=words.batch or [batch], warmup=words.warmup or warmup, steps=words.steps or steps)
+
+
+def choose_ranks(words: Words, most: int, cuda: bool) -> list[int]:
+    """Those asked for, else powers of two up to ``most`` and ``most`` itself, a few of CPUs. Raises ConfigError for more than there are."""
     if words.ranks:
         if max(words.ranks) > most:
             raise ConfigError(f"--ranks {max(words.ranks)}: there are {most} to be had here")
         return sorted(words.ranks)
+    most = most if cuda else min(most, CPU_RANKS)
     return sorted({*(2**i for i in range(int(math.log2(most)) + 1)), most})
 
 
 def points_of(words: Words, config: Config, ranks: list[int], cuda: bool) -> list["Point"]:
-    """Every point, fewest ranks first, then by batch, then by size. Raises ConfigError for a shape that cannot be."""
+    """Every point of ``filled`` words, fewest ranks first, then by batch, then by size. Raises ConfigError for a shape that cannot be."""
     from haste_dist.study import Point  # with it comes torch
 
     said = bool(words.labels or words.labels_a_rank or "labels" in words.sweeps)
     usual = {} if said else GPU if cuda else CPU
     labels = words.labels or usual.get("labels", [])
     each = words.labels_a_rank or usual.get("labels_a_rank", [])
-    lists = {"batch": words.batch or [config.train.batch_size], "fan_in": words.fan_in or [config.output.fan_in]}
+    lists = {"batch": words.batch, "fan_in": words.fan_in or [config.output.fan_in]}
     lists["group"] = words.group or [config.output.group_size]
     found: list[Point] = []
     for w in ranks:

@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from ray_nodes import SECONDS, alive_with, wait_for
 from tiny import FULL, make_prepared, read_losses
 
 from haste_dist.config import Config, save_config
-from haste_dist.errors import ConfigError, HasteError
+from haste_dist.errors import ConfigError, HasteError, OutOfMemory
 from haste_dist.runlog import read_events
 from haste_launch import cli
 from haste_launch.ray_session import ray_session
@@ -201,6 +202,22 @@ def test_the_first_signal_asks_and_the_second_interrupts(tmp_path: Path) -> None
 def test_only_a_users_error_loses_its_traceback() -> None:
     assert user_error(WorkersFailed({1: ValueError("a bug")})) is None
     assert str(user_error(WorkersFailed({0: HasteError("gone")}))) == "gone"
+
+
+def test_memory_that_is_full_is_one_line() -> None:
+    from ray.exceptions import OutOfMemoryError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    said = OutOfMemoryError(
+        "2 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: 91cc) was "
+        "22.48GB used / 23.54GB limit (0.954927)\nOOM kill reason: ..."
+    )
+    found = user_error(WorkersFailed({0: WorkerHealthCheckFailedError("A worker health check failed.", said)}))
+    assert isinstance(found, OutOfMemory)
+    assert "the memory of 192.0.2.2 is full (22.48GB used / 23.54GB limit), so Ray ended a rank" in str(found)
+    assert "\n" not in str(found)
+    found = user_error(WorkersFailed({0: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB\nmore")}))
+    assert str(found) == "a GPU's memory is full (CUDA out of memory. Tried to allocate 1.00 GiB); haste plan says which settings fit"
 
 
 class WorkersFailed(Exception):

@@ -14,8 +14,8 @@ from tiny import run_ranks
 
 from haste_dist.config import Config, load_config
 from haste_dist.cost_model import load_model
-from haste_dist.errors import ConfigError, DataError
-from haste_dist.measure import Effort, OutOfMemory, measure_points
+from haste_dist.errors import ConfigError, DataError, OutOfMemory
+from haste_dist.measure import Effort, measure_points
 from haste_dist.runlog import read_events
 from haste_dist.study import FILE, KEYS, SCHEMA, Point, add_row, missing, read_study, strong_scaling, weak_scaling
 from haste_dist.synthetic import LabelLaw, spread, synthetic_batch
@@ -23,7 +23,7 @@ from haste_dist.world import World, join_world
 from haste_launch import cli, scale
 from haste_launch.progress import short
 from haste_launch.scale_plot import draw_study
-from haste_launch.scale_settings import Words, choose_ranks, number, points_of, read_words
+from haste_launch.scale_settings import Words, choose_ranks, filled, number, points_of, read_words
 
 SMALL = [
     "encoder.name=scratch",
@@ -40,6 +40,11 @@ LAW = LabelLaw()
 
 
 def words(line: str = "") -> Words:
+    """As a GPU fills them."""
+    return filled(said(line), Config(), True)
+
+
+def said(line: str = "") -> Words:
     return read_words(cli.parse(["scale", "bert-base", *line.split()]))
 
 
@@ -87,12 +92,25 @@ def test_labels_stay_and_labels_a_rank_grow_with_the_ranks() -> None:
 
 
 def test_ranks_are_powers_of_two_and_all_there_are() -> None:
-    assert choose_ranks(words(), 6) == [1, 2, 4, 6]
-    assert choose_ranks(words("--ranks 4,1"), 4) == [1, 4]
+    assert choose_ranks(words(), 6, True) == [1, 2, 4, 6]
+    assert choose_ranks(words(), 64, False) == [1, 2, 4]
+    assert choose_ranks(words("--ranks 4,1"), 4, False) == [1, 4]
     with pytest.raises(ConfigError, match="--ranks 8: there are 4"):
-        choose_ranks(words("--ranks 8"), 4)
+        choose_ranks(words("--ranks 8"), 4, True)
     with pytest.raises(ConfigError, match="at least two groups a rank, 128 labels on 2 ranks"):
         points_of(words("--labels 127"), Config(), [2], True)
+
+
+def test_a_cpu_gets_a_study_that_ends() -> None:
+    config = load_config("bert-base")
+    alone = filled(said(), config, False)
+    assert (alone.batch, alone.warmup, alone.steps) == ([4], 1, 3)
+    assert max(point.labels for point in points_of(alone, config, [1, 2], False)) == 80_000
+    assert filled(said(), load_config("bert-base", ["train.batch_size=2"]), False).batch == [2]
+    asked = filled(said("--batch 512 --warmup 3 --steps 7"), config, False)
+    assert (asked.batch, asked.warmup, asked.steps) == ([512], 3, 7)
+    on_gpus = filled(said(), config, True)
+    assert (on_gpus.batch, on_gpus.warmup, on_gpus.steps) == ([512], 5, 20)
 
 
 # Labels by a law
