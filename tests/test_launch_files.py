@@ -11,12 +11,14 @@ from typing import Any
 
 import jsonschema
 import pytest
+import ray
 import yaml
 
 from haste_launch import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
+RAYLET = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
 SCHEMAS = json.loads((ROOT / "tests" / "fixtures" / "kuberay.json").read_text(encoding="utf-8"))
 PINS = dict(line.split("==") for line in (ROOT / "constraints-cpu.txt").read_text().splitlines() if "==" in line and line[0] != "#")
 
@@ -89,7 +91,7 @@ def test_the_slurm_script_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     script = LAUNCH / "slurm.sbatch"
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     for name, lines in {
-        "srun": 'printf "%s\\n" "$@" > srun',
+        "srun": 'printf "%s\\n" "$@" > srun; env > environment',
         "scontrol": "echo node-a; echo node-b",
         "getent": "echo 10.0.0.1 STREAM node-a",
         "haste": 'echo "  folder: runs/mine   # run folder: config"',
@@ -109,6 +111,9 @@ def test_the_slurm_script_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sent[sent.index("--min-nodes") + 1] == "2"
     assert sent[sent.index("--") + 1 :] == ["haste", "train", "demo", *words[3:], "launch.address=10.0.0.1:23456"]
     assert list((tmp_path / ".ray").iterdir()) == []  # the token went with the job
+    (set_for_raylets,) = re.findall(r"^RAY_(gcs_rpc\w+)=20$", (tmp_path / "environment").read_text(), re.MULTILINE)
+    known = set_for_raylets.encode() in RAYLET.read_bytes()
+    assert known, "Ray has no such setting"
     at = sent.index("symmetric-run")
     said = refusals_of_ray(sent[at + 1 : sent.index("--")], monkeypatch)
     assert said == {"head": "", "worker": ""}
