@@ -28,7 +28,7 @@ from haste_dist.synthetic import LabelLaw
 from haste_launch.progress import short
 from haste_launch.ray_session import ray_session
 from haste_launch.ray_train import absolute_paths, count_ranks, run_ranks
-from haste_launch.scale_settings import Words, choose_ranks, filled, points_of
+from haste_launch.scale_settings import CPU_RANKS, Words, choose_ranks, filled, points_of
 
 TABLE_WIDTH = 132  # where the output is no terminal
 RECORDS = "benchmarks/records"
@@ -48,16 +48,18 @@ def scale(config: Config, words: Words) -> int:
         if not cuda and not config.launch.threads:  # else one rank would have all cores, and more ranks no more of them
             config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, threads=1))
         console = Console(stderr=True, highlight=False, soft_wrap=True)
-        said, words = words, filled(words, config, cuda)
+        usual = most if cuda or config.launch.ranks else min(most, CPU_RANKS)
+        ranks = choose_ranks(words, most, usual)
+        said, words = words, filled(words, config, ranks, cuda)
         if not said.batch and words.batch != [config.train.batch_size]:
             console.print(f"on a CPU: {words.batch[0]} texts a batch, not {config.train.batch_size} (--batch says how many)")
-        points = points_of(words, config, choose_ranks(words, most, cuda), cuda)
+        points = points_of(words, config, ranks, cuda)
         device = _device(cuda)
         left = missing(points, rows, config, law, device) if device else points
         if len(left) < len(points):
             console.print(f"{len(points) - len(left)} of {len(points)} points are in {folder} already and are kept")
-        for ranks in sorted({point.ranks for point in left}):
-            if _measure(config, [point for point in left if point.ranks == ranks], law, words, cuda, device):
+        for count in sorted({point.ranks for point in left}):
+            if _measure(config, [point for point in left if point.ranks == count], law, words, cuda, device):
                 raise Interrupted(f"every finished point is kept in {folder}; the same command goes on from there")
     report(folder, words)
     return 0

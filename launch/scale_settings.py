@@ -95,21 +95,20 @@ def read_words(args: Namespace) -> Words:
     )
 
 
-def filled(words: Words, config: Config, cuda: bool) -> Words:
-    """With batch, warm-up and steps where none were said: a CPU gets what it ends within minutes."""
+def filled(words: Words, config: Config, ranks: list[int], cuda: bool) -> Words:
+    """With batch, warm-up and steps where none were said: a CPU gets what it ends within minutes, and a text a rank at least."""
     warmup, steps = GPU_STEPS if cuda else CPU_STEPS
-    batch = config.train.batch_size if cuda else min(CPU_BATCH, config.train.batch_size)
+    batch = config.train.batch_size if cuda else min(max(CPU_BATCH, *ranks), config.train.batch_size)
     return replace(words, batch=words.batch or [batch], warmup=words.warmup or warmup, steps=words.steps or steps)
 
 
-def choose_ranks(words: Words, most: int, cuda: bool) -> list[int]:
-    """Those asked for, else powers of two up to ``most`` and ``most`` itself, a few of CPUs. Raises ConfigError for more than there are."""
+def choose_ranks(words: Words, most: int, usual: int) -> list[int]:
+    """Those asked for, else powers of two up to ``usual`` and ``usual`` itself. ConfigError for more than ``most``, all there are."""
     if words.ranks:
         if max(words.ranks) > most:
             raise ConfigError(f"--ranks {max(words.ranks)}: there are {most} to be had here")
         return sorted(words.ranks)
-    most = most if cuda else min(most, CPU_RANKS)
-    return sorted({*(2**i for i in range(int(math.log2(most)) + 1)), most})
+    return sorted({*(2**i for i in range(int(math.log2(usual)) + 1)), usual})
 
 
 def points_of(words: Words, config: Config, ranks: list[int], cuda: bool) -> list["Point"]:

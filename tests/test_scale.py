@@ -41,7 +41,7 @@ LAW = LabelLaw()
 
 def words(line: str = "") -> Words:
     """As a GPU fills them."""
-    return filled(said(line), Config(), True)
+    return filled(said(line), Config(), [1], True)
 
 
 def said(line: str = "") -> Words:
@@ -92,24 +92,25 @@ def test_labels_stay_and_labels_a_rank_grow_with_the_ranks() -> None:
 
 
 def test_ranks_are_powers_of_two_and_all_there_are() -> None:
-    assert choose_ranks(words(), 6, True) == [1, 2, 4, 6]
-    assert choose_ranks(words(), 64, False) == [1, 2, 4]
-    assert choose_ranks(words("--ranks 4,1"), 4, False) == [1, 4]
+    assert choose_ranks(words(), 6, 6) == [1, 2, 4, 6]
+    assert choose_ranks(words(), 64, 4) == [1, 2, 4]
+    assert choose_ranks(words("--ranks 8,1"), 64, 4) == [1, 8]
     with pytest.raises(ConfigError, match="--ranks 8: there are 4"):
-        choose_ranks(words("--ranks 8"), 4, True)
+        choose_ranks(words("--ranks 8"), 4, 4)
     with pytest.raises(ConfigError, match="at least two groups a rank, 128 labels on 2 ranks"):
         points_of(words("--labels 127"), Config(), [2], True)
 
 
 def test_a_cpu_gets_a_study_that_ends() -> None:
     config = load_config("bert-base")
-    alone = filled(said(), config, False)
+    alone = filled(said(), config, [1, 2], False)
     assert (alone.batch, alone.warmup, alone.steps) == ([4], 1, 3)
     assert max(point.labels for point in points_of(alone, config, [1, 2], False)) == 80_000
-    assert filled(said(), load_config("bert-base", ["train.batch_size=2"]), False).batch == [2]
-    asked = filled(said("--batch 512 --warmup 3 --steps 7"), config, False)
+    assert filled(said(), load_config("bert-base", ["train.batch_size=2"]), [1, 2], False).batch == [2]
+    asked = filled(said("--batch 512 --warmup 3 --steps 7"), config, [1], False)
     assert (asked.batch, asked.warmup, asked.steps) == ([512], 3, 7)
-    on_gpus = filled(said(), config, True)
+    assert filled(said("--ranks 8"), config, [8], False).batch == [8], "a text a rank"
+    on_gpus = filled(said(), config, [1], True)
     assert (on_gpus.batch, on_gpus.warmup, on_gpus.steps) == ([512], 5, 20)
 
 
