@@ -1,7 +1,8 @@
 """A tail that starts from what its labels mean (output.start=centroids).
 
-A group reads the features in which the mean of its labels' embeddings stands out most from that of all labels, and each label's weights
-start as its own embedding there, of length ``init_scale``: before its first training text, a label already answers to texts like its own.
+A group reads the features in which its labels' embeddings, seen from the mean of all labels, are largest (in the mean square, so that most
+of them is kept), and each label's weights start as its own embedding there, of length ``init_scale``: before its first training text, a
+label already answers to texts like its own. With ``output.basis=labels`` the features are those of that basis.
 
 Letters: L labels, D embedding width (of the slice that the tail reads), T groups, G labels of a group, F fan-in.
 """
@@ -32,15 +33,16 @@ def start_from_centroids(classifier: Classifier, prepared: Prepared) -> None:
     vectors_LD = _vectors(prepared.folder)
     mean_D = torch.from_numpy(_mean(vectors_LD)[span.start : span.stop])
     size, fan_in = shard.group_size, classifier.config.fan_in
+    basis_DD = None if classifier.basis is None else classifier.basis.cpu()
     for start in range(0, shard.groups, CHUNK):
         stop = min(start + CHUNK, shard.groups)
         rows = shard.tail_start + np.arange(start * size, stop * size)
         labels = prepared.order.label_of_row[rows]
         v_RD = torch.from_numpy(vectors_LD[np.maximum(labels, 0), span.start : span.stop].astype(np.float32)) - mean_D
         v_RD[torch.from_numpy(labels < 0)] = 0
-        v_TGD = v_RD.view(stop - start, size, -1)
+        v_TGD = (v_RD if basis_DD is None else v_RD @ basis_DD).view(stop - start, size, -1)
         # A stable sort: topk leaves open which of equal features it takes.
-        order = v_TGD.sum(1).abs().sort(dim=1, descending=True, stable=True).indices
+        order = v_TGD.square().sum(1).sort(dim=1, descending=True, stable=True).indices
         index_TF = order[:, :fan_in].sort(dim=1).values
         w_TGF = v_TGD.gather(2, index_TF[:, None].expand(-1, size, -1))
         w_TGF = classifier.config.init_scale * torch.nn.functional.normalize(w_TGF, dim=2)

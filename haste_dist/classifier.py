@@ -52,8 +52,20 @@ KERNELS = Steps(head_step, tail_step)
 class Classifier:
     """Head and tail rows of one rank, with their SGD state. Nothing here communicates; ``steps`` may."""
 
-    def __init__(self, config: OutputConfig, shard: LabelShard, width: int, seed: int, device: torch.device, steps: Steps = KERNELS):
-        """``width``: D of the encoder. Initial values are keyed by global row, so that they do not depend on the sharding."""
+    def __init__(
+        self,
+        config: OutputConfig,
+        shard: LabelShard,
+        width: int,
+        seed: int,
+        device: torch.device,
+        steps: Steps = KERNELS,
+        basis: Tensor | None = None,
+    ):
+        """``width``: D of the encoder. Initial values are keyed by global row, so that they do not depend on the sharding.
+
+        ``basis``: what the tail's input is turned by, with ``output.basis=labels`` and only then (label_order.basis). Raises ConfigError.
+        """
         self.config, self.shard, self.seed, self.device = config, shard, seed, device
         self.width, self.steps = width, steps
         self.head_slice = feature_slice(config.head_features, width)
@@ -61,6 +73,7 @@ class Classifier:
         for name, part in (("head_features", self.head_slice), ("tail_features", self.tail_slice)):
             check_slice(name, part, width)
         check_fan_in(config.fan_in, self.tail_slice.width)
+        self.basis = None if config.basis == "embedding" else check_basis(basis, self.tail_slice.width).to(device)
         weight_dtype, momentum_dtype = stored_dtypes(config, device.type == "cuda")
         self.head = self._make_head(weight_dtype, momentum_dtype)
         self.tail = self._make_tail(weight_dtype, momentum_dtype)
@@ -101,23 +114,24 @@ class Classifier:
             losses.append(loss)
         if self.tail.weight.shape[0]:
             x, mask = self._masked(x_ND, self.tail_slice, config.tail_dropout, step, TAIL_DROPOUT, place)
+            x = self._turned(x)
             if config.tail_lr is not None:
                 args = dataclasses.replace(args, lr=lr * config.tail_lr / config.lr if config.lr else 0.0)
             dx, loss = stage("tail")(self.steps.tail)(x, counted_from(positives, self.tail.first_row), self.tail, args, want_loss)
-            self._accumulate(dx_ND, dx, mask, self.tail_slice)
+            self._accumulate(dx_ND, dx if self.basis is None else dx @ self.basis.T, mask, self.tail_slice)
             losses.append(loss)
         return dx_ND, torch.stack([x for x in losses if x is not None] or [dx_ND.new_zeros(())]).sum() if want_loss else None
 
     def keep(self, x_ND: Tensor, label_rows_NM: Tensor, step: int) -> None:
         """Keeps the whole batch of a step for the next rewiring, also without tail rows here: checkpoints are written by the first."""
         x, _ = self._masked(x_ND, self.tail_slice, self.config.tail_dropout, step, TAIL_DROPOUT)
-        self.kept.append((x, label_rows_NM))
+        self.kept.append((self._turned(x), label_rows_NM))
 
     def topk(self, x_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores (N, K) float32 and global rows (N, K) int64 of the best real rows of this rank, best first, ties by lower row."""
         head = self.head if self.head.weight.shape[0] else None
         tail = self.tail if self.tail.rows else None
-        return topk(self._sliced(x_ND, self.head_slice), self._sliced(x_ND, self.tail_slice), head, tail, k)
+        return topk(self._sliced(x_ND, self.head_slice), self._turned(self._sliced(x_ND, self.tail_slice)), head, tail, k)
 
     def tensors(self) -> dict[str, tuple[Tensor, int]]:
         """Everything that the next step needs: name to (tensor, global position of its first entry along axis 0)."""
@@ -168,6 +182,10 @@ class Classifier:
     def _sliced(self, x_ND: Tensor, part: Slice) -> Tensor:
         return x_ND if part.width == x_ND.shape[1] else x_ND[:, part.start : part.stop].contiguous()
 
+    def _turned(self, x: Tensor) -> Tensor:
+        """What the tail reads, in its basis; in float32, since a basis in bfloat16 would not be orthogonal."""
+        return x if self.basis is None else (x.float() @ self.basis).to(x.dtype)
+
     def _masked(
         self, x_ND: Tensor, part: Slice, dropout: float, step: int, stream: int, place: Rows | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -206,6 +224,14 @@ def check_slice(name: str, part: Slice, width: int) -> None:
     """A slice must lie inside the embedding. Raises ConfigError."""
     if part.stop > width:
         raise ConfigError(f"output.{name}=[{part.start}, {part.stop}]: the embedding has only {width} features")
+
+
+def check_basis(basis: Tensor | None, width: int) -> Tensor:
+    """The basis of a tail that reads ``width`` features. Raises ConfigError."""
+    if basis is None or basis.shape != (width, width):
+        found = "there is none" if basis is None else f"it has {basis.shape[0]} features"
+        raise ConfigError(f"output.basis=labels: {found} where the tail reads {width}; run haste prepare with these settings")
+    return basis
 
 
 def sort_positives(label_rows_NM: Tensor) -> Positives:

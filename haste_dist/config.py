@@ -144,6 +144,11 @@ class OutputConfig:
         "where the tail starts: random features and weights, or those of its labels' embeddings, which prepare then keeps",
         choices=("random", "centroids"),
     )
+    basis: str = setting(
+        "embedding",
+        "what the tail reads features of: the embedding as it is, or turned to the principal directions of the label embeddings",
+        choices=("embedding", "labels"),
+    )
     lr: float = setting(0.05, "peak learning rate of SGD, for the chosen reduction", low=0.0)
     tail_lr: float | None = setting(None, "that of the tail, whose labels read fewer features; null: the same", low=0.0)
     momentum: float = setting(0.9, "SGD momentum (0: none is stored)", low=0.0, high=0.9999)
@@ -289,6 +294,8 @@ def check(config: Config) -> None:
         raise ConfigError("output.start=centroids: label embeddings must be the encoder's; set groups.features=encoder, groups.encoder=")
     if config.output.start == "centroids" and config.encoder.project:
         raise ConfigError("output.start=centroids: label embeddings are not projected; set encoder.project=0 or output.start=random")
+    if config.output.basis == "labels" and config.output.start != "centroids":
+        raise ConfigError("output.basis=labels: is made of label embeddings, which only output.start=centroids keeps; set that too")
     if config.output.tail_features:
         check_fan_in(config.output.fan_in, config.output.tail_features[1] - config.output.tail_features[0])
 

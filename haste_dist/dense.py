@@ -7,19 +7,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from haste_dist.encoder import Encoder
 from haste_dist.errors import ConfigError, DataError
+from haste_dist.label_groups import LabelOrder
 
 LARGEST = 1.8e9  # bytes: an ONNX file holds less than 2 GiB
 SAMPLE = (2, 8)  # texts and tokens that the model is traced with; any others will do
 
 
-def dense_layer(tensors: dict[str, Tensor], page: dict[str, Any], row_of_label: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+def dense_layer(tensors: dict[str, Tensor], page: dict[str, Any], order: LabelOrder) -> tuple[Tensor, Tensor]:
     """Weights (L, D) and biases (L) in float32 of exported head and tail; what a label does not read has weight 0. Raises DataError."""
     labels, width, head = page["labels"], page["width"], page["head_rows"]
     if 4.0 * labels * width > LARGEST:
@@ -30,11 +29,13 @@ def dense_layer(tensors: dict[str, Tensor], page: dict[str, Any], row_of_label: 
     weight_RD[:head, slice(*page["head_features"])] = tensors["head.weight"].float()
     tail_RF = tensors["tail.weight"].float().flatten(0, 1)
     features_RF = tensors["tail.index"].long().repeat_interleave(page["group_size"], 0)
-    weight_RD[head:, slice(*page["tail_features"])].scatter_(1, features_RF, tail_RF)
+    read_RD = weight_RD[head:, slice(*page["tail_features"])].scatter_(1, features_RF, tail_RF)
+    if order.basis is not None and page["basis"] == "labels":
+        read_RD.copy_(read_RD @ order.basis.T)
     bias_R = torch.zeros(len(weight_RD))
     if "tail.bias" in tensors:
         bias_R = torch.cat([tensors["head.bias"].float(), tensors["tail.bias"].float().flatten()])
-    row_L = torch.from_numpy(row_of_label)
+    row_L = torch.from_numpy(order.row_of_label)
     return weight_RD[row_L], bias_R[row_L]
 
 

@@ -32,7 +32,7 @@ from haste_dist.config import ENCODER_FOLDER, Config, encoder_settings_of, load_
 from haste_dist.dense import dense_layer, write_onnx
 from haste_dist.encoder import Encoder, build_encoder, load_tokenizer
 from haste_dist.errors import CheckpointError, DataError, HasteError
-from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, LabelOrder, load_label_order
+from haste_dist.label_groups import LabelOrder, copy_order, load_label_order
 from haste_dist.runlog import read_events
 from haste_dist.sealed import check_folder, read_checksums, seal_folder
 from haste_dist.tensor_file import write_tensors
@@ -66,14 +66,13 @@ def export(run: str | Path, out: str | Path, checkpoint_name: str = "best", form
         encoder = _write_encoder(part / ENCODER_FOLDER, config, run, load_file(found / ENCODER))
         tensors = _joined(found, page)
         write_tensors(part / OUTPUT, tensors, dict.fromkeys(tensors, "0"))
-        for name in (LABELS_FILE, GROUPS_FILE):
-            shutil.copyfile(run / name, part / name)
+        copy_order(run, part)
         if calibration.read_calibration(run, found.name) != calibration.Calibration():
             shutil.copyfile(run / calibration.FILE, part / calibration.FILE)
         shutil.copyfile(plain_predict.__file__, part / "predict.py")
         described = _describe(config, order, encoder.width)
         if form != "sparse":
-            _write_dense(part, form, encoder, *dense_layer(tensors, described, order.row_of_label))
+            _write_dense(part, form, encoder, *dense_layer(tensors, described, order))
         (part / PAGE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
         (part / "README.md").write_text(_card(run, described, config, page["state"]["step"]), encoding="utf-8")
         save_config(_portable(config), part / "config.yaml")
@@ -169,6 +168,7 @@ def _describe(config: Config, order: LabelOrder, width: int) -> dict[str, Any]:
         "pooling": config.encoder.pooling,
         "project": config.encoder.project,
         "normalize": config.encoder.normalize,
+        "basis": config.output.basis,
         **{name: [span.start, span.stop] for name, span in spans.items()},
     }
 

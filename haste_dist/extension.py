@@ -27,11 +27,11 @@ from haste_dist.checkpoint import PAGE, PIECE, RunState
 from haste_dist.config import ENCODER_FOLDER, Config, load_config, save_config
 from haste_dist.errors import CheckpointError, ConfigError, DataError
 from haste_dist.label_groups import (
-    GROUPS_FILE,
     LABELS_FILE,
     ORDER_SCHEMA,
     WORK,
     LabelOrder,
+    copy_order,
     load_label_order,
     measure_closeness,
     order_settings,
@@ -205,8 +205,7 @@ def extend_run(config: Config, run: Path, name: str, found: np.ndarray, prepared
         files[last] = dataclasses.asdict(write_tensors(folder / last, tensors, starts))
         save_config(config, target / "config.yaml")
         shutil.copytree(run / ENCODER_FOLDER, target / ENCODER_FOLDER, dirs_exist_ok=True)
-        for file in (LABELS_FILE, GROUPS_FILE):
-            shutil.copyfile(prepared / file, target / file)
+        copy_order(prepared, target)
         seal_run(target)
         state = RunState(best_step=0)  # so that the checkpoint stays until an evaluation picks a better one
         state_page = {"schema_version": checkpoint.SCHEMA_VERSION, "label_order": new.fingerprint, "state": dataclasses.asdict(state)}

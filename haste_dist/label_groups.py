@@ -12,6 +12,7 @@ Written into the prepared folder, each file atomically, with bytes that depend o
     groups.json    H, T, G, the settings behind the order, its fingerprint, and the cohesion report
     cohesion.arrow how close each group's labels are, and those of random groups; only where labels were embedded
     label_vectors.npy   (L, D) float16, each label's embedding; only for output.start=centroids
+    label_basis.safetensors   what the tail's input is turned by; only for output.basis=labels
 
 Letters: L labels, R = H + T*G rows, D embedding width.
 """
@@ -20,6 +21,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from haste_dist.basis import BASIS_FILE, principal_basis, read_basis, write_basis
 from haste_dist.bisection import group_cohesion
 from haste_dist.config import Config
 from haste_dist.errors import DataError
@@ -63,7 +66,7 @@ class LabelOrder:
 
     label_of_row (R,) int64, -1 on padding; row_of_label (L,) int64; head_rows H; groups T; group_size G;
     frequency_of_row (R,) int64: training texts of the row's label, 0 on padding. ``base``: how many labels the order had before others
-    were added behind them (0: none were); the head was chosen from those.
+    were added behind them (0: none were); the head was chosen from those. ``basis``: of the tail (basis.py), where one was made.
     """
 
     label_of_row: np.ndarray
@@ -73,6 +76,7 @@ class LabelOrder:
     group_size: int
     frequency_of_row: np.ndarray
     base: int = 0
+    basis: torch.Tensor | None = None
 
     @property
     def labels(self) -> int:
@@ -97,9 +101,11 @@ class LabelOrder:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 that is equal for two orders which give every label the same row and group."""
+        """sha256 that is equal for two orders which give every label the same row and group, in the same basis."""
         digest = hashlib.sha256(f"{self.head_rows} {self.groups} {self.group_size} ".encode())
         digest.update(np.ascontiguousarray(self.label_of_row, dtype="<i8").tobytes())
+        if self.basis is not None:
+            digest.update(self.basis.numpy().astype("<f4").tobytes())
         return digest.hexdigest()
 
 
@@ -223,6 +229,9 @@ def make_label_order(
         vectors = made.vectors if made else embed()
         with replacing(folder / VECTORS_FILE) as file:
             np.save(file, vectors, allow_pickle=False)
+        if config.output.basis == "labels":
+            span = slice(*config.output.tail_features) if config.output.tail_features else slice(None)
+            order = dataclasses.replace(order, basis=principal_basis(vectors[:, span]))
     about = {
         **settings,
         "labels_with_text": made.with_text if made else None,
@@ -247,6 +256,9 @@ def write_order(
     text = texts.combine_chunks().take(pa.array(order.label_of_row, mask=order.label_of_row < 0)).fill_null("")
     columns = [pa.array(order.label_of_row), text, pa.array(order.frequency_of_row), pa.array(row), pa.array(group)]
     write_arrow(folder / LABELS_FILE, pa.RecordBatch.from_arrays(columns, schema=ORDER_SCHEMA))
+    (folder / BASIS_FILE).unlink(missing_ok=True)
+    if order.basis is not None:
+        write_basis(folder, order.basis)
     (folder / COHESION_FILE).unlink(missing_ok=True)
     if closeness is not None:
         write_arrow(folder / COHESION_FILE, closeness)
@@ -269,12 +281,19 @@ def label_order_is_current(config: Config, folder: str | Path, manifest: Manifes
     """Whether ``folder`` holds a whole label order made from its data with these settings, so that a rerun can keep it."""
     try:
         page = json.loads((Path(folder) / GROUPS_FILE).read_text(encoding="utf-8"))
-        if config.output.start == "centroids" and not (Path(folder) / VECTORS_FILE).is_file():
+        if not has_label_vectors(config, Path(folder)):
             return False
         page = {"dev": None, **page}  # orders that do not say are of all training texts
         return page.items() >= order_settings(config, manifest).items() and load_label_order(folder).labels == manifest.labels
     except (OSError, ValueError, AttributeError, DataError):
         return False
+
+
+def has_label_vectors(config: Config, folder: Path) -> bool:
+    """Whether a prepared folder keeps what the start of the tail and its basis are made of, as far as the config asks for them."""
+    output = config.output
+    there = output.start != "centroids" or (folder / VECTORS_FILE).is_file()
+    return there and (output.basis != "labels" or (folder / BASIS_FILE).is_file())
 
 
 def load_label_order(prepared: str | Path) -> LabelOrder:
@@ -300,10 +319,17 @@ def load_label_order(prepared: str | Path) -> LabelOrder:
         raise DataError(f"{labels_file}: does not give each of the {labels} labels one row; run haste prepare again")
     row_of_label = np.empty(labels, np.int64)
     row_of_label[label_of_row[rows]] = rows
-    order = LabelOrder(label_of_row, row_of_label, head_rows, groups, group_size, table["frequency"].to_numpy(), base)
+    order = LabelOrder(label_of_row, row_of_label, head_rows, groups, group_size, table["frequency"].to_numpy(), base, read_basis(prepared))
     if order.fingerprint != fingerprint:
         raise DataError(f"{labels_file}: is not the order that {GROUPS_FILE} tells of; run haste prepare again")
     return order
+
+
+def copy_order(source: Path, folder: Path) -> None:
+    """The files of a label order that a trained layer is read with. Raises OSError."""
+    for name in (LABELS_FILE, GROUPS_FILE, BASIS_FILE):
+        if name != BASIS_FILE or (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _assemble(frequency: np.ndarray, head: np.ndarray, tail: np.ndarray, group_size: int) -> LabelOrder:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from haste_dist import __version__
-from haste_dist.classifier import Classifier
+from haste_dist.classifier import Classifier, feature_slice
 from haste_dist.collectives import barrier
 from haste_dist.config import Config
 from haste_dist.devices import known_device
@@ -183,7 +183,9 @@ class Bench:
         groups = -(-(point.labels - head_rows) // point.group)
         shard = label_shard(head_rows, groups, point.group, point.labels, world.size, world.rank)
         _forget_peak(world.device)
-        made = Classifier(output, shard, self.encoder.width, config.run.seed, world.device)
+        width = self.encoder.width
+        basis = torch.eye(feature_slice(output.tail_features, width).width)  # made-up labels have none of their own
+        made = Classifier(output, shard, width, config.run.seed, world.device, basis=basis)
         most = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else made.bytes()
         return made, _most(most, world)
 

@@ -15,7 +15,7 @@ from haste_dist.sealed import CHECKSUMS
 from haste_dist.storage import Location, whole_address
 from haste_dist.tables import QUARANTINE
 
-ORDER_FILES = ("labels.arrow", "groups.json", "cohesion.arrow", "label_vectors.npy")  # what the label order is
+ORDER_FILES = ("labels.arrow", "groups.json", "cohesion.arrow", "label_vectors.npy", "label_basis.safetensors")  # what the label order is
 TRANSFERS = 8  # at once
 
 

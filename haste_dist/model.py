@@ -15,7 +15,7 @@ from haste_dist.config import ENCODER_FOLDER, Config, check_fan_in, save_config
 from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, model_config, tokenizer_fingerprint
 from haste_dist.engine import EncoderEngine
 from haste_dist.errors import ConfigError, DataError
-from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, LabelOrder, head_size, load_label_order
+from haste_dist.label_groups import LabelOrder, copy_order, head_size, load_label_order
 from haste_dist.manifest import Manifest, read_manifest
 from haste_dist.mirror import local_copy
 from haste_dist.replicas import summed_over
@@ -81,7 +81,7 @@ def make_classifier(config: Config, order: LabelOrder, width: int, world: World)
     shards, copies = world.shards, world.copies
     shard = label_shard(order.head_rows, order.groups, order.group_size, order.labels, shards.size, shards.rank)
     steps = summed_over(copies) if copies.size > 1 else KERNELS
-    return Classifier(config.output, shard, width, config.run.seed, world.device, steps)
+    return Classifier(config.output, shard, width, config.run.seed, world.device, steps, order.basis)
 
 
 def prior_bias(config: Config, manifest: Manifest) -> float:
@@ -109,8 +109,7 @@ def save_run_files(run: Path, config: Config, encoder: Encoder, prepared: Path) 
     save_config(config, made / CONFIG)
     encoder.model.config.save_pretrained(made / ENCODER_FOLDER)  # type: ignore[union-attr, operator]
     load_tokenizer(config.encoder).save_pretrained(made / ENCODER_FOLDER)
-    for name in (LABELS_FILE, GROUPS_FILE):  # predict needs no prepared folder
-        shutil.copyfile(prepared / name, made / name)
+    copy_order(prepared, made)  # predict needs no prepared folder
     seal_run(made)
     (run / ENCODER_FOLDER).mkdir(exist_ok=True)
     for path in sorted(made.rglob("*"), key=lambda path: path.name == CHECKSUMS):

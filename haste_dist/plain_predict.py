@@ -25,7 +25,9 @@ def main(folder: Path, texts: list[str], k: int = 5) -> None:
 
     part = {name: tensor if name == "tail.index" else tensor.float() for name, tensor in load_file(folder / "output.safetensors").items()}
     head = x[:, slice(*page["head_features"])] @ part["head.weight"].T + part.get("head.bias", 0.0)  # dense rows
-    read = x[:, slice(*page["tail_features"])][:, part["tail.index"].long()]  # (texts, groups, fan-in): what each group of labels reads
+    x = x[:, slice(*page["tail_features"])]
+    x = x @ load_file(folder / "label_basis.safetensors")["basis"] if page.get("basis") == "labels" else x
+    read = x[:, part["tail.index"].long()]  # (texts, groups, fan-in): what each group of labels reads
     tail = torch.einsum("ntf,tgf->ntg", read, part["tail.weight"]) + part.get("tail.bias", 0.0)
     logits = torch.cat([head, tail.flatten(1)], dim=1)[:, : page["labels"]]  # behind the labels is padding
     scores, rows = logits.sigmoid().topk(min(k, page["labels"]))

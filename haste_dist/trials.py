@@ -39,7 +39,7 @@ from haste_dist.config import Config, load_config
 from haste_dist.dev_data import hold_out, link
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.held_out import leaves_out_dev
-from haste_dist.label_groups import GROUPS_FILE, VECTORS_FILE, head_size, label_order_is_current, load_label_order
+from haste_dist.label_groups import GROUPS_FILE, has_label_vectors, head_size, label_order_is_current, load_label_order
 from haste_dist.manifest import first_line, read_manifest, replacing
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
 from haste_dist.mirror import ORDER_FILES
@@ -163,7 +163,7 @@ def _will_do(config: Config, folder: Path) -> bool:
     order, manifest = load_label_order(folder), read_manifest(folder)
     page = json.loads((folder / GROUPS_FILE).read_text(encoding="utf-8"))
     same = all(page.get(name) == value for name, value in dataclasses.asdict(config.groups).items() if name in page and name != "encoder")
-    same &= config.output.start != "centroids" or (folder / VECTORS_FILE).is_file()
+    same &= has_label_vectors(config, folder)
     same &= leaves_out_dev(page, config)
     return same and _head(config, manifest.labels) == (order.group_size, order.head_rows)
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from haste_dist import augmentation
+from haste_dist.basis import BASIS_FILE
 from haste_dist.checkpoint import ENCODER, OPTIMIZER, PAGE, STEP_NAME, complete, pointed, read_page, step_of, verify_files
 from haste_dist.classifier import embedding_width, feature_slice
 from haste_dist.config import ENCODER_FOLDER, load_config
@@ -33,7 +34,8 @@ T = TypeVar("T")
 def seal_run(folder: Path) -> None:
     """Writes the checksums of what a run folder holds besides checkpoints and logs. Raises HasteError."""
     encoder = (f"{ENCODER_FOLDER}/{path.name}" for path in (folder / ENCODER_FOLDER).iterdir() if path.is_file())
-    seal_folder(folder, [CONFIG, LABELS_FILE, GROUPS_FILE, *encoder])
+    basis = [BASIS_FILE] if (folder / BASIS_FILE).is_file() else []
+    seal_folder(folder, [CONFIG, LABELS_FILE, GROUPS_FILE, *basis, *encoder])
 
 
 def check_data(folder: Path) -> None:

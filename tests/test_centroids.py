@@ -44,7 +44,7 @@ def test_features_and_weights_are_those_of_the_definition(tmp_path: Path) -> Non
     padded = 0
     for group in range(order.groups):
         labels = order.label_of_row[order.head_rows + 16 * group :][:16]
-        together = np.abs(centred[labels[labels >= 0], 4:28].sum(0))
+        together = np.square(centred[labels[labels >= 0], 4:28]).sum(0)
         chosen = np.sort(np.argsort(-together)[: config.output.fan_in])
         assert tail.index[group].tolist() == chosen.tolist()
         for row, label in enumerate(labels):

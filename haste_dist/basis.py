@@ -1,0 +1,68 @@
+"""A basis of the embedding for the tail: the directions in which label embeddings differ most (output.basis=labels).
+
+A pretrained encoder spreads what it knows evenly over its features, so a group that reads F of D of them sees little more than F/D of what
+tells its labels apart. Turned to the principal directions of the label embeddings, few features hold most of it, and F can be smaller. The
+basis is made by prepare, is never trained, and stays with the label order. Dropout comes before it: a mask then hides features that are
+all alike, as it does without a basis.
+
+Letters: L labels, D features of the embedding that the tail reads.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from haste_dist.errors import DataError
+from haste_dist.manifest import cannot_write, first_line
+from haste_dist.tensor_file import write_tensors
+
+BASIS_FILE = "label_basis.safetensors"
+LABELS = 2**20  # that are looked at: more say nothing new
+CHUNK = 65536  # labels at once
+
+
+def principal_basis(vectors_LD: NDArray[np.float16]) -> Tensor:
+    """(D, D) float32, orthogonal: the first feature of x @ basis is that of the direction in which the rows vary most.
+
+    From rows at even distances where there are more than LABELS.
+    """
+    step = -(-len(vectors_LD) // LABELS)
+    starts = range(0, len(vectors_LD), CHUNK * step)
+    width = vectors_LD.shape[1]
+    total_D, scatter_DD = np.zeros(width), np.zeros((width, width))
+    for start in starts:
+        v_RD = vectors_LD[start : start + CHUNK * step : step].astype(np.float64)
+        total_D += v_RD.sum(axis=0)
+        scatter_DD += v_RD.T @ v_RD
+    count = -(-len(vectors_LD) // step)
+    scatter_DD -= np.outer(total_D, total_D) / max(1, count)
+    columns_DD = np.linalg.eigh(scatter_DD).eigenvectors[:, ::-1]
+    largest_D = np.take_along_axis(columns_DD, np.abs(columns_DD).argmax(axis=0)[None], axis=0)  # its sign is open: it is made positive
+    return torch.from_numpy((columns_DD * np.sign(largest_D)).astype(np.float32))
+
+
+def write_basis(folder: Path, basis_DD: Tensor) -> None:
+    """Raises DataError."""
+    path = folder / BASIS_FILE
+    part = path.with_name(f".{BASIS_FILE}.part")
+    try:
+        write_tensors(part, {"basis": basis_DD.contiguous()})
+        part.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def read_basis(folder: Path) -> Tensor | None:
+    """What prepare wrote there, None if nothing. Raises DataError for a damaged file."""
+    path = folder / BASIS_FILE
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path)["basis"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise DataError(f"{path}: damaged ({first_line(error)}); run haste prepare again") from None

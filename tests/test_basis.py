@@ -1,0 +1,219 @@
+"""output.basis=labels: the tail reads the embedding turned to the principal directions of the label embeddings."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_centroids import LABELS, WIDTH, with_vectors
+from test_extension import grow, grown_config, scores, without_ray
+from tiny import check_resumed_and_shared, final_tensors, read_losses, train_all
+
+from haste_dist import basis, label_embeddings
+from haste_dist.basis import BASIS_FILE, principal_basis, read_basis, write_basis
+from haste_dist.centroids import start_from_centroids
+from haste_dist.config import Config, load_config
+from haste_dist.errors import ConfigError, DataError, HasteError
+from haste_dist.export import export
+from haste_dist.extension import add_labels
+from haste_dist.label_embeddings import LabelEmbeddings
+from haste_dist.label_groups import load_label_order, make_label_order
+from haste_dist.model import make_classifier, open_prepared
+from haste_dist.predictor import Predictor
+from haste_dist.sealed import seal_data
+from haste_dist.sharding import all_rows
+from haste_dist.train import check_run
+from haste_dist.verify import verify
+from haste_dist.world import join_world
+
+TEXTS = ["w0 w1 w14", "w7 w8 w9 w21", "w3"]
+
+
+def with_basis(folder: Path, *more: str) -> Config:
+    """A problem whose prepared folder holds embeddings of its labels and their basis."""
+    config, vectors = with_vectors(folder, *more)
+    config.output.basis = "labels"
+    make_order(config, vectors)
+    return config
+
+
+def make_order(config: Config, vectors: np.ndarray) -> None:
+    prepared = Path(config.data.prepared)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(label_embeddings, "embed_labels", lambda *_: LabelEmbeddings(vectors, 0, 0, 0))
+        make_label_order(config, prepared, open_prepared(config).manifest)
+    seal_data(prepared)
+
+
+@given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_the_basis_is_orthogonal_and_its_features_vary_less_and_less(rows: int, width: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    vectors = (random.standard_normal((rows, width)) * random.uniform(0.1, 3, width) + random.standard_normal(width)).astype(np.float16)
+    found = principal_basis(vectors).double().numpy()
+    np.testing.assert_allclose(found.T @ found, np.eye(width), atol=1e-5)
+    turned = vectors.astype(np.float64) @ found
+    turned -= turned.mean(0)
+    scatter = turned.T @ turned / rows
+    variance = np.diag(scatter)
+    assert (np.diff(variance) <= 1e-4 * variance.max()).all()
+    np.testing.assert_allclose(scatter, np.diag(variance), atol=1e-4 * max(1, variance.max()))
+    assert (np.take_along_axis(found, np.abs(found).argmax(0)[None], 0) > 0).all()
+
+
+def test_many_labels_are_looked_at_in_pieces_and_at_even_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.random.default_rng(0).standard_normal((1000, 7)).astype(np.float16)
+    whole = principal_basis(vectors)
+    monkeypatch.setattr(basis, "CHUNK", 64)
+    torch.testing.assert_close(principal_basis(vectors), whole)
+    monkeypatch.setattr(basis, "LABELS", 300)
+    torch.testing.assert_close(principal_basis(vectors), principal_basis(vectors[::4]))
+
+
+def test_a_tail_in_a_basis_is_a_dense_layer_turned(tmp_path: Path) -> None:
+    """Scores, gradient and weights after a step, beside those of the definition in float64; dropout comes before the basis."""
+    config = with_basis(tmp_path, "output.head_fraction=0", "output.tail_dropout=0.5", "output.momentum=0", "output.weight_decay=0")
+    prepared = open_prepared(config)
+    turn = prepared.order.basis
+    assert turn is not None
+    layer = make_classifier(config, prepared.order, WIDTH, join_world("cpu"))
+    start_from_centroids(layer, prepared)
+    x_ND, rows_NM = torch.randn(6, WIDTH), torch.tensor([[3, 50], [0, -1], [7, 8], [99, 3], [20, -1], [64, 65]])
+
+    def dense() -> torch.Tensor:
+        index = layer.tail.index.long().repeat_interleave(16, 0)
+        weight = torch.zeros(len(index), WIDTH, dtype=torch.float64).scatter_(1, index, layer.tail.weight.double().flatten(0, 1))
+        return weight @ turn.double().T
+
+    bias = layer.tail.bias
+    assert bias is not None
+    values, _ = layer.topk(x_ND, 5)
+    logits = x_ND.double() @ dense().T + bias.double().flatten()
+    torch.testing.assert_close(values.double(), logits[:, :LABELS].topk(5).values, rtol=1e-5, atol=1e-5)
+    weight = dense().requires_grad_()
+    _, mask = layer._masked(x_ND, layer.tail_slice, 0.5, 4, 12, all_rows(6))
+    assert mask is not None
+    x = x_ND.double().requires_grad_()
+    z = (x * mask) @ weight.T + bias.double().flatten()
+    target = torch.zeros_like(z)
+    for text, labels in enumerate(rows_NM.tolist()):
+        target[text, [label for label in labels if label >= 0]] = 1
+    real = torch.zeros_like(z)
+    real[:, :LABELS] = 1
+    loss = (torch.nn.functional.binary_cross_entropy_with_logits(z, target, reduction="none") * real).sum() / 6
+    loss.backward()
+    dx, got = layer.step(x_ND, rows_NM, lr=0.1, step=4, want_loss=True)
+    torch.testing.assert_close(dx.double(), x.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got.double(), loss.detach(), rtol=1e-4, atol=1e-6)
+    assert weight.grad is not None
+    turned = (weight.detach() - 0.1 * weight.grad) @ turn.double()
+    index = layer.tail.index.long().repeat_interleave(16, 0)
+    torch.testing.assert_close(layer.tail.weight.double().flatten(0, 1), turned.gather(1, index), rtol=1e-4, atol=1e-6)
+    layer.keep(x_ND, rows_NM, 4)
+    torch.testing.assert_close(layer.kept[0][0].double(), (x_ND * mask).double() @ turn.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_groups_read_what_holds_most_of_their_labels(tmp_path: Path) -> None:
+    """Label embeddings that lie in 8 hidden directions are kept whole by 8 features a group; without the basis they are not."""
+    config, _ = with_vectors(tmp_path)
+    random = np.random.default_rng(5)
+    vectors = random.standard_normal((LABELS, 8)) @ np.linalg.qr(random.standard_normal((WIDTH, 8)))[0].T
+    kept = {}
+    for name in ("embedding", "labels"):
+        config.output.basis = name
+        make_order(config, (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16))
+        prepared = open_prepared(config)
+        layer = make_classifier(config, prepared.order, WIDTH, join_world("cpu"))
+        start_from_centroids(layer, prepared)
+        own = np.load(prepared.folder / "label_vectors.npy").astype(np.float32)
+        own = torch.from_numpy(own - own.mean(0))[torch.from_numpy(prepared.order.label_of_row[prepared.order.head_rows : LABELS])]
+        turned = own if layer.basis is None else own @ layer.basis
+        index = layer.tail.index.long().repeat_interleave(16, 0)[: len(own)]
+        kept[name] = float(turned.gather(1, index).square().sum() / own.square().sum())
+    assert kept["labels"] > 0.999
+    assert kept["embedding"] < 0.6
+
+
+@pytest.mark.slow
+def test_it_trains_on_two_ranks_resumes_predicts_and_grows(tmp_path: Path) -> None:
+    one = with_basis(tmp_path, "train.max_steps=16")
+    plain = dataclasses.replace(one, output=dataclasses.replace(one.output, basis="embedding"), run=dataclasses.replace(one.run))
+    plain.run.folder += "-plain"
+    train_all(join_world("cpu"), [one, plain])
+    check_resumed_and_shared(one, stop=9)
+    assert read_losses(plain.run.folder) != read_losses(one.run.folder)
+    run = Path(one.run.folder)
+    order = load_label_order(run)
+    assert order.basis is not None
+    assert len(verify(run)) > 5
+    assert read_basis(Path(one.data.prepared)) is not None
+
+    ids, logits = Predictor(run, "last", "cpu").topk(TEXTS, 5)
+    for form in ("sparse", "dense"):
+        out = export(run, tmp_path / form, "last", form)
+        verify(out)
+        for found, expected in zip(Predictor(out, device="cpu").topk(TEXTS, 5), (ids, logits), strict=True):
+            assert np.array_equal(found, expected)
+    plainly = subprocess.run([sys.executable, str(out / "predict.py"), *TEXTS], capture_output=True, text=True, check=True)
+    assert [int(line.split()[1]) for line in plainly.stdout.splitlines() if line.startswith("  ")] == ids.ravel().tolist()
+    from safetensors.torch import load_file
+
+    dense = load_file(out / "dense.safetensors")
+    predictor = Predictor(out, device="cpu")
+    x = predictor.embedder.embed(predictor.embedder.tokens(TEXTS))
+    np.testing.assert_allclose((x @ dense["weight"].T + dense["bias"]).topk(5).values, logits, rtol=1e-4, atol=1e-5)
+
+    data = (out / BASIS_FILE).read_bytes()
+    (out / BASIS_FILE).write_bytes(data[:-1] + b"\x01")
+    with pytest.raises(HasteError, match=f"{BASIS_FILE}: damaged"):
+        Predictor(out, device="cpu")
+
+
+assert without_ray  # the fixture
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_ray")
+def test_new_labels_join_in_the_basis_that_was(tmp_path: Path) -> None:
+    config = with_basis(tmp_path / "old", "train.max_steps=6")
+    train_all(join_world("cpu"), [config])
+    grown = grown_config(config, tmp_path / "new", "train.max_steps=0", "groups.features=encoder")
+    grow(config, tmp_path / "new/source")
+    add_labels(grown, Path(config.run.folder), "last", neighbours=3)
+    before, after = load_label_order(config.run.folder).basis, load_label_order(grown.run.folder).basis
+    assert before is not None
+    assert after is not None
+    assert torch.equal(before, after)
+    old = scores(config.run.folder, TEXTS, LABELS)
+    np.testing.assert_array_equal(scores(grown.run.folder, TEXTS, LABELS), old)
+    assert final_tensors(grown.run.folder)["tail.weight"].isfinite().all()
+
+
+def test_what_cannot_be_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"only output.start=centroids keeps; set that too"):
+        load_config(None, ["output.basis=labels"])
+    config = with_basis(tmp_path)
+    check_run(config)
+    prepared = Path(config.data.prepared)
+    turn = read_basis(prepared)
+    assert turn is not None
+    write_basis(prepared, -turn)
+    with pytest.raises(DataError, match=r"is not the order that groups.json tells of; run haste prepare again"):
+        check_run(config)
+    (prepared / BASIS_FILE).write_bytes(b"no tensors")
+    with pytest.raises(DataError, match=rf"{BASIS_FILE}: damaged .*run haste prepare again"):
+        check_run(config)
+    config, vectors = with_vectors(tmp_path / "none")
+    make_order(config, vectors)
+    config.output.basis = "labels"
+    with pytest.raises(ConfigError, match=r"output.basis=labels: there is none where the tail reads 32; run haste prepare with these"):
+        check_run(config)
+    config = with_basis(tmp_path / "slice", "output.tail_features=[4,28]")
+    check_run(config)
+    config.output.tail_features = [4, 20]
+    with pytest.raises(ConfigError, match=r"it has 24 features where the tail reads 16"):
+        check_run(config)
