@@ -3,6 +3,7 @@
 Run on a GPU host: python -m pytest tests/gpu
 """
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from tiny import make_prepared
 
 from haste_dist.engine import EncoderEngine
 from haste_dist.guards import Guard
+from haste_dist.label_groups import LabelOrder
 from haste_dist.loader import BatchMaker, open_texts
 from haste_dist.model import make_classifier, make_encoder, open_prepared
 from haste_dist.step import train_step
-from haste_dist.world import join_world
+from haste_dist.world import alone, join_world
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -27,8 +29,17 @@ def refuse(*_: object) -> None:
     raise AssertionError("a step waits for the GPU")
 
 
+def turned(order: LabelOrder) -> LabelOrder:
+    return dataclasses.replace(order, basis=torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0])
+
+
+IN_BASIS = ("output.basis=labels", "output.start=centroids", "groups.features=encoder")
+
+
 @pytest.mark.parametrize(
-    "words", [("encoder.zero=0",), ("encoder.zero=2", "encoder.clip=0"), ("encoder.precision=float32",), ("encoder.graphs=false",)], ids=str
+    "words",
+    [("encoder.zero=0",), ("encoder.zero=2", "encoder.clip=0"), ("encoder.precision=float32",), ("encoder.graphs=false",), IN_BASIS],
+    ids=str,
 )
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], kernels: str) -> None:
@@ -39,7 +50,8 @@ def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     world, prepared = join_world("cuda"), open_prepared(config)
     encoder = make_encoder(config, prepared.manifest)
-    engine, classifier = EncoderEngine(encoder, config.encoder, world), make_classifier(config, prepared.order, encoder.width, world)
+    engine = EncoderEngine(encoder, config.encoder, world)
+    classifier = make_classifier(config, turned(prepared.order), encoder.width, world)
     texts = open_texts(prepared.folder, prepared.manifest, "train", 0.0, 0)
     maker = BatchMaker(texts, prepared.order.row_of_label, prepared.manifest.splits["train"].max_labels, 0, 1, 0, pin=True)
     batches = [maker.make(np.arange(13 * i, 13 * i + 13)) for i in range(8)]
@@ -58,6 +70,22 @@ def test_no_step_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     torch.cuda.set_sync_debug_mode("default")
     assert loss is None
     guard.settle()
+
+
+def test_a_tail_in_a_basis_is_that_of_the_cpu(tmp_path: Path) -> None:
+    """Gradient and scores in bfloat16 beside float32 ones of the CPU."""
+    words = ["output.tail_dropout=0", "output.head_fraction=0", "output.fan_in=16", *IN_BASIS]
+    config = make_prepared(tmp_path, overrides=words)
+    order, (x_ND, rows_NM) = turned(open_prepared(config).order), (torch.randn(24, 32).bfloat16(), torch.arange(72).view(24, 3))
+    found = {}
+    for device in ("cpu", "cuda"):
+        layer = make_classifier(config, order, 32, alone(device))
+        x = x_ND.to(device) if device == "cuda" else x_ND.float()
+        scores = layer.topk(x, 5)[0].cpu().float()
+        dx, _ = layer.step(x, rows_NM.to(device), lr=0.1, step=3)
+        found[device] = (scores, dx.cpu())
+    for ours, expected in zip(found["cuda"], found["cpu"], strict=True):
+        assert (ours - expected).norm() < 0.02 * expected.norm()
 
 
 def test_nothing_grows_with_steps(tmp_path: Path) -> None:
