@@ -129,7 +129,7 @@ def test_groups_read_what_holds_most_of_their_labels(tmp_path: Path) -> None:
         prepared = open_prepared(config)
         layer = make_classifier(config, prepared.order, WIDTH, join_world("cpu"))
         start_from_centroids(layer, prepared)
-        own = np.load(prepared.folder / "label_vectors.npy").astype(np.float32)
+        own = np.load(prepared.folder / "label_vectors.npy", allow_pickle=False).astype(np.float32)
         own = torch.from_numpy(own - own.mean(0))[torch.from_numpy(prepared.order.label_of_row[prepared.order.head_rows : LABELS])]
         turned = own if layer.basis is None else own @ layer.basis
         index = layer.tail.index.long().repeat_interleave(16, 0)[: len(own)]
