@@ -290,12 +290,13 @@ def check(config: Config) -> None:
         raise ConfigError(f"encoder.width={config.encoder.width} is not a multiple of encoder.heads={config.encoder.heads}")
     if config.output.rounding == "nearest" and "float8" in (config.output.weight_dtype, config.output.momentum_dtype):
         raise ConfigError("output.rounding=nearest: too coarse for float8; set output.rounding=stochastic")
-    if config.output.start == "centroids" and (config.groups.features != "encoder" or config.groups.encoder):
-        raise ConfigError("output.start=centroids: label embeddings must be the encoder's; set groups.features=encoder, groups.encoder=")
-    if config.output.start == "centroids" and config.encoder.project:
-        raise ConfigError("output.start=centroids: label embeddings are not projected; set encoder.project=0 or output.start=random")
-    if config.output.basis == "labels" and config.output.start != "centroids":
-        raise ConfigError("output.basis=labels: is made of label embeddings, which only output.start=centroids keeps; set that too")
+    asks = "start=centroids" if config.output.start == "centroids" else "basis=labels" if config.output.basis == "labels" else ""
+    if asks and (config.groups.features != "encoder" or config.groups.encoder):
+        raise ConfigError(f"output.{asks}: label embeddings must be the encoder's; set groups.features=encoder, groups.encoder=")
+    if asks and config.encoder.project:
+        raise ConfigError(
+            f"output.{asks}: label embeddings are not projected; set encoder.project=0, or output.start and output.basis back"
+        )
     if config.output.tail_features:
         check_fan_in(config.output.fan_in, config.output.tail_features[1] - config.output.tail_features[0])
 

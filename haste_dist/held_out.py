@@ -1,7 +1,7 @@
 """The dev split: training texts that a run holds out to be evaluated on (``data.dev_fraction``, drawn by ``run.seed``).
 
-Label embeddings leave them out, and so do groups and ``output.start=centroids``: otherwise dev scores would be too good. groups.json says
-under "dev" for which dev split an order was made; a run with another one is refused.
+Label embeddings leave them out, and so do groups, ``output.start=centroids`` and ``output.basis=labels``: otherwise dev scores would be too
+good. groups.json says under "dev" for which dev split an order was made; a run with another one is refused.
 """
 
 import json
@@ -37,7 +37,7 @@ def dev_split(config: Config) -> dict[str, Any] | None:
 
 def leaves_out_dev(page: dict[str, Any], config: Config) -> bool:
     """Whether the order that groups.json, ``page``, tells of was made without the dev texts of ``config``, or without any text."""
-    embedded = page.get("cohesion") is not None or config.output.start == "centroids"
+    embedded = page.get("cohesion") is not None or config.output.start == "centroids" or config.output.basis == "labels"
     return not embedded or page.get("dev") == dev_split(config)  # without "dev": made of all texts
 
 

@@ -225,13 +225,14 @@ def make_label_order(
         work=work,
     )
     (folder / VECTORS_FILE).unlink(missing_ok=True)
-    if config.output.start == "centroids":
+    if config.output.start == "centroids" or config.output.basis == "labels":
         vectors = made.vectors if made else embed()
+    if config.output.start == "centroids":
         with replacing(folder / VECTORS_FILE) as file:
             np.save(file, vectors, allow_pickle=False)
-        if config.output.basis == "labels":
-            span = slice(*config.output.tail_features) if config.output.tail_features else slice(None)
-            order = dataclasses.replace(order, basis=principal_basis(vectors[:, span]))
+    if config.output.basis == "labels":
+        span = slice(*config.output.tail_features) if config.output.tail_features else slice(None)
+        order = dataclasses.replace(order, basis=principal_basis(vectors[:, span]))
     about = {
         **settings,
         "labels_with_text": made.with_text if made else None,

@@ -194,8 +194,12 @@ def test_new_labels_join_in_the_basis_that_was(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"only output.start=centroids keeps; set that too"):
-        load_config(None, ["output.basis=labels"])
+    for word, says in (
+        ("groups.features=tfidf", "must be the encoder's; set groups.features=encoder"),
+        ("encoder.project=16", "not projected"),
+    ):
+        with pytest.raises(ConfigError, match=f"output.basis=labels: .*{says}"):
+            load_config(None, ["output.basis=labels", word])
     config = with_basis(tmp_path)
     check_run(config)
     prepared = Path(config.data.prepared)
