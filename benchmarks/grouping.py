@@ -1,6 +1,7 @@
 """Groups of labels by this project and by greedy FAISS, in one run: seconds, CPU seconds, cohesion. Needs faiss-cpu for the second.
 
-    python benchmarks/grouping.py wordnet output.start=random groups.features=tfidf data.prepared=data/wordnet-prepared --group 32
+    python benchmarks/grouping.py wordnet output.start=random output.basis=embedding groups.features=tfidf \\
+        data.prepared=data/wordnet-prepared --group 32
 
 Both group all labels of a prepared folder by the same embeddings. Greedy FAISS is the method of the published code of HASTE: an HNSW index
 (M 32, efConstruction 200) of all labels, and for one label after another, in random order, a search for its 512 nearest; those that no

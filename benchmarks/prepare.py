@@ -42,7 +42,7 @@ print(len(rows))
 """
 
 
-NO_MORE = ["groups.method=frequency", "output.start=random", "data.label_texts=0"]  # than the peer does: texts to shards
+NO_MORE = ["groups.method=frequency", "output.start=random", "output.basis=embedding", "data.label_texts=0"]  # than the peer
 
 
 def main() -> None:

@@ -294,9 +294,7 @@ def check(config: Config) -> None:
     if asks and (config.groups.features != "encoder" or config.groups.encoder):
         raise ConfigError(f"output.{asks}: label embeddings must be the encoder's; set groups.features=encoder, groups.encoder=")
     if asks and config.encoder.project:
-        raise ConfigError(
-            f"output.{asks}: label embeddings are not projected; set encoder.project=0, or output.start and output.basis back"
-        )
+        raise ConfigError(f"output.{asks}: label embeddings are not projected; set encoder.project=0, or that setting back")
     if config.output.tail_features:
         check_fan_in(config.output.fan_in, config.output.tail_features[1] - config.output.tail_features[0])
 

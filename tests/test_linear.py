@@ -16,6 +16,8 @@ no_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU t
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty gives NaN: a value that no one writes is seen."""
+    with torch.device("cpu"):
+        torch.ones(0)  # torch keeps for good the factories that it finds when it first needs a default device
     empty = torch.empty
 
     def fill(*shape: Any, **how: Any) -> Tensor:

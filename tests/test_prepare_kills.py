@@ -117,10 +117,10 @@ def test_the_command_killed_at_five_random_moments(tmp_path: Path, wordpiece: Pa
 def test_a_kill_leaves_shards_that_are_not_written_again(tmp_path: Path, wordpiece: Path) -> None:
     source = source_with_faults(tmp_path / "source")
     config = settings(source, tmp_path / "out", wordpiece)
-    assert killed_at(config, 24)
+    assert killed_at(config, 26)
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*.arrow")}
     assert len(before) >= 3
-    assert killed_at(config, 30)
+    assert killed_at(config, 32)
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in before} == before
 
 

@@ -18,6 +18,8 @@ CONFIGS = {"tail_tiles": TailTiles(16, 4, 1), "head_tiles": HeadTiles(16, 64, 4,
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty gives NaN, or a number that means nothing: a value that no one writes is seen."""
+    with torch.device("cpu"):
+        torch.ones(0)  # torch keeps for good the factories that it finds when it first needs a default device
     empty = torch.empty
 
     def fill(*shape: int, **how: object) -> Tensor:
