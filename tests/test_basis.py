@@ -141,7 +141,7 @@ def test_groups_read_what_holds_most_of_their_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_trains_on_two_ranks_resumes_predicts_and_grows(tmp_path: Path) -> None:
+def test_it_trains_on_two_ranks_resumes_predicts_and_is_exported(tmp_path: Path) -> None:
     one = with_basis(tmp_path, "train.max_steps=16")
     plain = dataclasses.replace(one, output=dataclasses.replace(one.output, basis="embedding"), run=dataclasses.replace(one.run))
     plain.run.folder += "-plain"
