@@ -221,6 +221,11 @@ class CheckpointConfig:
 @dataclass
 class EvaluateConfig:
     split: str = setting("test", "texts that are scored", choices=("test", "dev", "train"))
+    labels: str = setting(
+        "all",
+        "true labels that count: all, or those seen in training (texts left without a label are not scored, as in many test splits)",
+        choices=("all", "seen"),
+    )
     batch_size: int = setting(256, "texts scored at once over all ranks", low=1)
     propensity_a: float = setting(0.55, "A of the propensity model (0.6 for Amazon, 0.5 for Wikipedia sets)", low=0.0)
     propensity_b: float = setting(1.5, "B of the propensity model (2.6 for Amazon, 0.4 for Wikipedia sets)", low=0.0)

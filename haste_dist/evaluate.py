@@ -60,16 +60,22 @@ class Positions:
 class TrueLabels:
     """The labels of any texts of a split, read from the memory-mapped shards."""
 
-    def __init__(self, table: pa.Table) -> None:
-        """``table`` as from ``open_split``."""
+    def __init__(self, table: pa.Table, frequency: NDArray[np.integer] | None = None) -> None:
+        """``table`` as from ``open_split``; with ``frequency`` (L,), training texts of each label, labels that have none are left out."""
         self._column = RaggedColumn(table.column("labels"))
+        self._frequency = frequency
 
     def __len__(self) -> int:
         return len(self._column)
 
     def of(self, positions: NDArray[np.int64]) -> Ragged:
         """Labels of the texts at ``positions`` (n,)."""
-        return Ragged.of([self._column[int(row)] for row in positions])
+        found = [self._column[int(row)] for row in positions]
+        return Ragged.of(found if self._frequency is None else [labels[self._frequency[labels] > 0] for labels in found])
+
+    def scored(self, true: Ragged) -> NDArray[np.bool_]:
+        """(n,) which texts count, given what ``of`` said of them: where labels are left out, only those that still have one."""
+        return (np.diff(true.offsets) > 0) | (self._frequency is None)
 
 
 class Filters:
@@ -164,10 +170,12 @@ def evaluate_split(
             labels, scores = filters.apply(batch.texts, labels, scores)
         labels, scores = labels[:, :wanted], scores[:, :wanted]
         true = truth.of(batch.texts)
+        scored = truth.scored(true)
+        true, labels, scores = Ragged(true.values, np.append(0, true.offsets[1:][scored])), labels[scored], scores[scored]
         metrics.add(labels, true)
         rare.add(labels, true)
         if keep is not None:
-            keep(batch.texts, true, labels, scores)
+            keep(batch.texts[scored], true, labels, scores)
     if sum_ranks is not None:
         mine = metrics.state()
         total = sum_ranks(np.concatenate([mine, rare.state()]))
@@ -209,7 +217,7 @@ def evaluate_texts(
     result = evaluate_split(
         score,
         scoring_batches(maker, config.evaluate.batch_size, limit),
-        _truth(prepared, split),
+        _truth(config, prepared, split),
         _propensity(config, prepared),
         filters=load_filters(prepared.folder, split),
         sum_ranks=sum_ranks,
@@ -225,14 +233,15 @@ def evaluate_baseline(config: Config, prepared: Prepared, split: str) -> dict[st
     return evaluate_split(
         Popularity(propensity.frequency),
         position_batches(positions),
-        _truth(prepared, split),
+        _truth(config, prepared, split),
         propensity,
         filters=load_filters(prepared.folder, split),
     )
 
 
-def _truth(prepared: Prepared, split: str) -> TrueLabels:
-    return TrueLabels(open_split(prepared.folder, prepared.manifest, "test" if split == "test" else "train"))
+def _truth(config: Config, prepared: Prepared, split: str) -> TrueLabels:
+    frequency = load_frequency(prepared.folder) if config.evaluate.labels == "seen" else None
+    return TrueLabels(open_split(prepared.folder, prepared.manifest, "test" if split == "test" else "train"), frequency)
 
 
 def _propensity(config: Config, prepared: Prepared) -> Propensity:

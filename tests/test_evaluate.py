@@ -82,6 +82,29 @@ def test_all_texts_in_any_order_and_batch() -> None:
     assert "r_at_5_freq_over_100" in result
 
 
+def test_labels_never_trained_on_do_not_count() -> None:
+    frequency = np.where(FREQUENCY > 80, FREQUENCY, 0)
+    seen = [[label for label in row if frequency[label]] for row in TRUE]
+    propensity = Propensity(frequency, 300)
+    kept: list[tuple[np.ndarray, Ragged, np.ndarray, np.ndarray]] = []
+    assert any(row and not some for row, some in zip(TRUE, seen, strict=True)), "a text that keeps no label"
+    metrics = Metrics(propensity)
+    for text in np.flatnonzero([len(row) for row in seen]).tolist():
+        metrics.add([np.argsort(-SCORES[text]).tolist()], [seen[text]])
+    result = evaluate_split(
+        fake_model, batches(7, 0, 9), TrueLabels(table(), frequency), propensity, keep=lambda *parts: kept.append(parts)
+    )
+    assert {key: result[key] for key in metrics.result()} == pytest.approx(metrics.result(), abs=1e-12)
+    assert result["rows"] == metrics.rows < TEXTS
+    shown = {
+        int(text): part.tolist()
+        for texts, true, _, _ in kept
+        if len(texts)
+        for text, part in zip(texts, np.split(true.values, true.offsets[1:-1]), strict=True)
+    }
+    assert shown == {text: row for text, row in enumerate(seen) if row}
+
+
 def test_true_labels_by_position() -> None:
     truth = TrueLabels(table())
     positions = np.array([22, 0, 9, 8, 9])
