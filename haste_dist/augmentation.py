@@ -80,8 +80,24 @@ def kept_rows(folder: Path, manifest: Manifest, dev: np.ndarray) -> np.ndarray:
     return np.setdiff1d(np.arange(manifest.splits[SPLIT].rows), row[(text < 0) | np.isin(text, dev)])
 
 
-def _keys(ids: pa.ListArray) -> np.ndarray:
-    """KEY (n,) of n texts: equal where the tokens are."""
-    values, ends = ids.values.to_numpy(), ids.offsets.to_numpy()
-    hashes = (hashlib.blake2b(values[a:b], digest_size=KEY.itemsize).digest() for a, b in itertools.pairwise(ends))
+def held_out_keys(folder: Path, manifest: Manifest, counts: np.ndarray) -> np.ndarray:
+    """KEY (n,) of all test texts, and of the training texts that ``counts`` (rows,) bool leaves out: 16 bytes a text."""
+    keys, first = [np.zeros(0, KEY)], 0
+    if "test" in manifest.splits:
+        keys += [_keys(chunk) for chunk in open_split(folder, manifest, "test")["input_ids"].chunks]
+    if not counts.all():
+        for chunk in open_split(folder, manifest, "train")["input_ids"].chunks:
+            keys.append(_keys(chunk.filter(pa.array(~counts[first : first + len(chunk)]))))
+            first += len(chunk)
+    return np.concatenate(keys)
+
+
+def text_keys(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """KEY (n,) of n texts, int32 ``values`` cut at ``offsets`` (n + 1,): equal where the tokens are."""
+    tokens = memoryview(np.ascontiguousarray(values))
+    hashes = (hashlib.blake2b(tokens[a:b], digest_size=KEY.itemsize).digest() for a, b in itertools.pairwise(offsets.tolist()))
     return np.frombuffer(b"".join(hashes), KEY)
+
+
+def _keys(ids: pa.ListArray) -> np.ndarray:
+    return text_keys(ids.values.to_numpy(), ids.offsets.to_numpy())

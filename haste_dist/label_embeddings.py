@@ -4,8 +4,8 @@ Two steps. First every text is embedded, a shard of texts at a time, each into a
 CPUs) where Ray runs, else here. A killed run goes on from the files that are finished. Then Y^T E is summed for a range of labels at
 a time, in the order of the shards, so neither the number of workers nor the size of a range changes a bit of the result. Memory: PIECE
 texts a worker, and at most a quarter of the machine's for the float32 sums (of 10 million labels of width 768 they are 29 GiB, in each
-worker if workers summed). Disk: 2 D bytes a text and a label while it lasts. Only the training split is read, never a test text; the
-dev texts of the config's run count as having no label, and not for TF-IDF.
+worker if workers summed). Disk: 2 D bytes a text and a label while it lasts. Only training texts are embedded, never a test text; the dev
+texts of the config's run count as having no label, and not for TF-IDF. A label text with the tokens of a test or dev text is left out.
 
 Letters: n texts of a piece, L labels, R labels of a range, D embedding width.
 """
@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from haste_dist.augmentation import held_out_keys, text_keys
 from haste_dist.config import Config
 from haste_dist.held_out import dev_rows
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, SHARD_SCHEMA, Manifest, open_split, read_arrow, replacing
@@ -43,7 +44,7 @@ OWN_TEXTS = 65536  # labels whose own texts make one file
 SUM_BYTES = max(2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)  # of the float32 sums of a range of labels
 MISSING_STREAM = 4  # keeps the random streams of one seed apart
 FEW = {"tfidf": 2**20, "encoder": 2**13}  # so many texts are embedded here: starting workers would take longer
-IDF, VECTORS = "idf.npy", "labels.npy"
+IDF, VECTORS, HELD_OUT = "idf.npy", "labels.npy", "held_out.npy"
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ def embed_labels(config: Config, folder: Path, manifest: Manifest, device: torch
         if own[start:stop].any():
             tasks.append(Task(f"own-{start // OWN_TEXTS:05d}.npy", int(own[start:stop].sum()), start=start, stop=stop))
     work.mkdir(parents=True, exist_ok=True)
+    if own.any() and not (work / HELD_OUT).is_file():
+        with replacing(work / HELD_OUT) as file:
+            np.save(file, held_out_keys(folder, manifest, counts), allow_pickle=False)
     if config.groups.features == "tfidf" and not (work / IDF).is_file():
         with replacing(work / IDF) as file:
             train = open_split(folder, manifest, "train")
@@ -98,8 +102,8 @@ def embed_labels(config: Config, folder: Path, manifest: Manifest, device: torch
         todo = [task for task in tasks if not (work / task.name).is_file()]
         bars.advance(bar, sum(task.texts for task in tasks) - sum(task.texts for task in todo))
         _embed_all(config, folder, manifest, device, work, todo, lambda texts: bars.advance(bar, texts))
-    untrained, missing = _sum_labels(config, folder, manifest, work, tasks, own, counts)
-    return LabelEmbeddings(np.load(work / VECTORS, mmap_mode="c", allow_pickle=False), int(own.sum()), untrained, missing)
+    with_text, untrained, missing = _sum_labels(config, folder, manifest, work, tasks, own, counts)
+    return LabelEmbeddings(np.load(work / VECTORS, mmap_mode="c", allow_pickle=False), with_text, untrained, missing)
 
 
 def add_label_sums(sums_LD: np.ndarray, embeddings_nD: np.ndarray, labels: Ragged) -> None:
@@ -166,10 +170,13 @@ def make_embedder(config: Config, manifest: Manifest, device: torch.device, work
 
 
 def _do(task: Task, embed: Embedder, config: Config, folder: Path, manifest: Manifest, work: Path) -> None:
-    """Writes the file of ``task``: (texts, D) float16, rows of length 1."""
+    """Writes the file of ``task``: (texts, D) float16, rows of length 1; zero for a label's own text that is held out."""
+    held_out = np.load(work / HELD_OUT, allow_pickle=False) if not task.shard else None
     with replacing(work / task.name) as file:
         for i, texts in enumerate(_texts(task, config, folder, manifest)):
             x_nD = _normalise(embed(texts)).astype("<f2")
+            if held_out is not None:
+                x_nD[np.isin(text_keys(texts.values, texts.offsets), held_out)] = 0
             if i == 0:
                 _write_header(file, (task.texts, x_nD.shape[1]))
             file.write(x_nD.tobytes())
@@ -187,15 +194,15 @@ def _texts(task: Task, config: Config, folder: Path, manifest: Manifest) -> Iter
 
 def _sum_labels(
     config: Config, folder: Path, manifest: Manifest, work: Path, tasks: list[Task], own: np.ndarray, counts: np.ndarray
-) -> tuple[int, int]:
-    """Writes the label vectors, a range of labels at a time; returns how many have no training text, and neither text.
+) -> tuple[int, int, int]:
+    """Writes the label vectors, a range of labels at a time; returns how many have a text of their own, no training text, and neither.
 
     ``own`` (L,) bool: labels with a text of their own; ``counts`` (rows,) bool: training texts that count, which those held out do not.
     """
     width = np.load(work / tasks[0].name, mmap_mode="r", allow_pickle=False).shape[1]
     size = max(1, SUM_BYTES // (4 * width))
     untrained, random = 0, np.random.default_rng([config.run.seed, MISSING_STREAM])
-    missing = 0
+    with_text = missing = 0
     with replacing(work / VECTORS) as file:
         _write_header(file, (manifest.labels, width))
         for start in range(0, manifest.labels, size):
@@ -212,13 +219,15 @@ def _sum_labels(
                 if not task.shard and task.start < stop and start < task.stop:
                     labels = task.start + np.flatnonzero(own[task.start : task.stop])
                     here = (labels >= start) & (labels < stop)
-                    sums_RD[labels[here] - start] += np.load(work / task.name, mmap_mode="r", allow_pickle=False)[here]
+                    x_nD = np.load(work / task.name, mmap_mode="r", allow_pickle=False)[here]
+                    sums_RD[labels[here] - start] += x_nD
+                    with_text += int(x_nD.any(axis=1).sum())
             _normalise(sums_RD)
             absent = np.flatnonzero(~sums_RD.any(axis=1))
             sums_RD[absent] = _normalise(random.standard_normal((len(absent), width), np.float32))
             missing += len(absent)
             file.write(sums_RD.astype("<f2").tobytes())
-    return untrained, missing
+    return with_text, untrained, missing
 
 
 def _add_shard(sums_RD: np.ndarray, embeddings: np.ndarray, shard: Path, start: int, counts: np.ndarray) -> None:

@@ -46,14 +46,13 @@ def ragged(lists: list[list[int]]) -> Ragged:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A prepared folder without its test split, and a pretrained encoder (of random weights) in a local folder."""
+    """A prepared folder and a pretrained encoder (of random weights) in a local folder."""
     folder = tmp_path_factory.mktemp("embeddings")
     made = make_prepared(folder, labels=LABELS, texts=60)
     torch.manual_seed(0)
     shape = BertConfig(vocab_size=WORDS + 2, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     BertModel(shape).save_pretrained(folder / "bert")
     make_tokenizer(folder / "bert")
-    shutil.rmtree(Path(made.data.prepared) / "test")
     made.encoder.name = str(folder / "bert")
     made.groups.batch_size = 7
     return made
@@ -166,6 +165,30 @@ def test_a_vector_does_not_depend_on_dev_texts(config: Config, features: str, tm
     np.testing.assert_allclose(after.vectors, before.vectors, atol=HALF)  # other texts stand in a batch: the last bit may change
     assert np.array_equal(after.vectors[only], before.vectors[only])
     assert abs(after.vectors - whole.vectors).max() > 0.1
+
+
+@pytest.mark.parametrize("dev_fraction", [0.0, 0.3])
+def test_a_label_text_that_is_held_out_is_not_joined(config: Config, dev_fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.groups.features = "encoder"
+    monkeypatch.setattr(config.data, "dev_fraction", dev_fraction)
+    monkeypatch.setattr(label_embeddings, "OWN_TEXTS", 17)
+    folder = Path(config.data.prepared)
+    test = open_split(folder, read_manifest(folder), "test")["input_ids"].to_pylist()
+    train = [row["input_ids"] for row in training_rows(config)]
+    dev = dev_rows(60, dev_fraction, config.run.seed).tolist()
+    kept = next(i for i in range(60) if i not in dev and train[i] not in test)
+    cases = {1: (test[0], True), 40: (test[9], True), 41: (train[kept], False)} | {70 + i: (train[row], True) for i, row in enumerate(dev)}
+
+    def texts(but: set[int]) -> list[str]:
+        words = {label: " ".join(f"w{token - 2}" for token in tokens) for label, (tokens, _) in cases.items() if label not in but}
+        return [words.get(label, "w3 w1 w4 w1 w5" if label == 99 else "") for label in range(LABELS)]
+
+    out = {label for label, (_, held_out) in cases.items() if held_out}
+    got, without = embed(config, texts(set())), embed(config, texts(out))
+    assert got.with_text == without.with_text == 2
+    assert len(out) == 2 + len(dev)
+    np.testing.assert_array_equal(got.vectors, without.vectors)
+    assert not np.array_equal(got.vectors[41], embed(config, texts({*out, 41})).vectors[41])
 
 
 @pytest.mark.parametrize("features", ["encoder", "tfidf"])
