@@ -94,7 +94,7 @@ def held_out_keys(folder: Path, manifest: Manifest, counts: np.ndarray) -> np.nd
 
 def text_keys(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """KEY (n,) of n texts, int32 ``values`` cut at ``offsets`` (n + 1,): equal where the tokens are."""
-    tokens = memoryview(np.ascontiguousarray(values))
+    tokens = np.ascontiguousarray(values).data
     hashes = (hashlib.blake2b(tokens[a:b], digest_size=KEY.itemsize).digest() for a, b in itertools.pairwise(offsets.tolist()))
     return np.frombuffer(b"".join(hashes), KEY)
 

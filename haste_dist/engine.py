@@ -162,9 +162,7 @@ def _deepspeed_engine(flat: FlatModule, config: EncoderConfig, dtype: torch.dtyp
     # None of DeepSpeed's own operators is used, so it need not try compilers to learn which it could build. On a CPU it would compile its
     # shared-memory all-reduce at first use (40 s, needs a compiler, hangs on a stale lock), which only inference uses.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    adamw = ClippedAdamW(
-        flat.flat, flat.decayed, config.clip, config.weight_decay, lr=config.lr, betas=(0.9, config.beta2), fused=device == "cuda"
-    )
+    adamw = ClippedAdamW(flat.flat, flat.decayed, config.clip, config.weight_decay, lr=config.lr, betas=(0.9, config.beta2), fused=True)
     zero = {
         "stage": stage,
         "contiguous_gradients": False,  # the flat gradient is contiguous; this would copy it, into a buffer of a GB

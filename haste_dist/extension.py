@@ -165,7 +165,12 @@ def _check_labels(run: Path, old: LabelOrder, folder: Path, table: pa.Table) -> 
 
 
 def check_words(config: Config, run: Path) -> None:
-    """Nothing of ``run`` may be written over. Raises ConfigError."""
+    """Nothing of ``run`` may be written over, nor what it has trained on be held out. Raises ConfigError."""
+    if config.data.dev_fraction:
+        raise ConfigError(
+            f"data.dev_fraction={config.data.dev_fraction}: it would hold out texts that {run} has trained on; "
+            "set data.dev_fraction=0 and evaluate on the test split"
+        )
     old = load_config(run / "config.yaml")
     check_run_files(run)
     for name, mine, theirs in (

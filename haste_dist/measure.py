@@ -277,10 +277,12 @@ def _clock(call: Callable[[], Any], world: World, count: int) -> float:
 
 
 def _peak(step: Callable[[], Any], device: torch.device, held: list[torch.Tensor]) -> float:
-    """Most bytes during a step: of the allocator since ``_forget_peak``; on a CPU of the tensors that one more step shows."""
+    """Most bytes during a step: of the allocator since ``_forget_peak``; on a CPU of the tensors that two more steps show."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with LiveBytes(held) as live:
+        step()  # an optimizer's state is seen when it is first used, behind what may be the peak
+        live.restart()
         step()
     return live.peak
 

@@ -200,5 +200,7 @@ def test_what_cannot_be_added_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
         check_words(grown_config(config, tmp_path / "new", f"run.folder={run}"), run)
     with pytest.raises(ConfigError, match=r"data.prepared .*: is that of the trained run"):
         check_words(grown_config(config, tmp_path / "new", f"data.prepared={config.data.prepared}"), run)
+    with pytest.raises(ConfigError, match=r"data.dev_fraction=0.1: it would hold out texts that .* has trained on"):
+        check_words(grown_config(config, tmp_path / "new", "data.dev_fraction=0.1"), run)
     assert cli.main(["labels", "add", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
     assert "no run folder" in capsys.readouterr().err

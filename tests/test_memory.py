@@ -143,7 +143,10 @@ def step_within_plan(world: World, words: list[str], tolerance: float) -> None:
 SMALL = ["encoder.width=64", "encoder.heads=4", "encoder.layers=4", "encoder.dropout=0", "data.max_length=32", "output.fan_in=16"]
 
 
-@pytest.mark.parametrize("more", [["train.batch_size=64"], ["train.batch_size=8"], ["train.batch_size=32", "output.tail_dropout=0.1"]])
+BATCHES = [["train.batch_size=64"], ["train.batch_size=8"], ["train.batch_size=32", "output.tail_dropout=0.1"]]
+
+
+@pytest.mark.parametrize("more", [*BATCHES, ["train.batch_size=2", "encoder.width=256"]])  # the last: the encoder's weights are most of it
 def test_a_step_holds_what_was_planned(more: list[str]) -> None:
     step_within_plan(join_world("cpu"), [*SMALL, *more], 0.1)
 
