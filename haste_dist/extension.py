@@ -305,7 +305,7 @@ def _grown(tensor: Tensor, groups: int) -> Tensor:
 
 
 def _tail_width(run: Path, config: Config) -> int:
-    from haste_dist.classifier import embedding_width, feature_slice
+    from haste_dist.classifier import embedding_width, tail_width
 
     page = json.loads((run / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))
-    return feature_slice(config.output.tail_features, embedding_width(config.encoder, int(page["hidden_size"]))).width
+    return tail_width(config.output, embedding_width(config.encoder, int(page["hidden_size"])))

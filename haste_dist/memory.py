@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from haste_dist.classifier import INT16_WIDTH, feature_slice, stored_dtypes
+from haste_dist.classifier import tail_width as width_of_tail
 from haste_dist.config import Config
 from haste_dist.dry_run import EncoderNeeds, dry_run
 from haste_dist.graphs import MOST_TOKENS
@@ -85,7 +86,9 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     s = config.data.max_length
     needs = known.of_rows(b) if known else dry_run(config.encoder, facts.vocabulary, facts.pad_id, b, s, x_dtype)
     d, x_bytes = needs.width, x_dtype.itemsize
-    head_width, tail_width = feature_slice(output.head_features, d).width, feature_slice(output.tail_features, d).width
+    head_width, slice_width = feature_slice(output.head_features, d).width, feature_slice(output.tail_features, d).width
+    turned = output.basis == "labels"
+    tail_width = width_of_tail(output, d)
     h, t = shard_sizes(facts.labels, output.head_fraction, output.group_size, parts)
     weight, momentum = (dtype.itemsize for dtype in stored_dtypes(output, cuda))
     momentum = momentum if output.momentum else 0
@@ -96,6 +99,7 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         "output momentum": weights * momentum,
         "output biases": biases * (2 if momentum else 1),
         "tail indices": t * output.fan_in * (2 if tail_width <= INT16_WIDTH else 4),
+        "basis": 4 * slice_width * tail_width * turned,
         "encoder weights": needs.parameters * x_bytes,
         **_optimizer_state(config, needs, x_bytes, facts.ranks),
     }
@@ -103,7 +107,7 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         "batch": b * s * 16 + (b + n) * facts.most_labels * 8,
         "embeddings and their gradient": n * d * (x_bytes + 4) + b * d * (x_bytes + 16),
     }
-    dropped = max(head_width * bool(output.head_dropout), tail_width * bool(output.tail_dropout))
+    dropped = max(head_width * bool(output.head_dropout), slice_width * bool(output.tail_dropout))
     masked = {"dropout of the head's or tail's input": (2 * n * (x_bytes + 2) + (whole - n) * x_bytes) * dropped}
     rows, groups = h, t
     summed = update = 0
@@ -113,7 +117,8 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         summed = 4 * chunk * (1 if (rows, groups) == (h, t) else 2) + 4 * n * max(head_width, tail_width)
         update = ROUNDING * chunk if {1, HALF} & {weight, momentum} else 0
     head_work = _head_workspace(cuda, n, rows, head_width, weight, x_bytes)
-    work = max(head_work, _tail_workspace(config, cuda, n, groups, tail_width, weight, x_bytes), update)
+    in_basis = n * (x_bytes * tail_width + 4 * slice_width) * turned  # what the tail reads, and its gradient turned back
+    work = max(head_work, in_basis + _tail_workspace(config, cuda, n, groups, tail_width, weight, x_bytes), update)
     joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
     forward, between, backward = needs.forward, needs.kept, needs.backward
     if cuda and needs.replays and b * s <= MOST_TOKENS:  # recorded passes keep their activations' memory, and a gradient

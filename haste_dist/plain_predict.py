@@ -26,7 +26,9 @@ def main(folder: Path, texts: list[str], k: int = 5) -> None:
     part = {name: tensor if name == "tail.index" else tensor.float() for name, tensor in load_file(folder / "output.safetensors").items()}
     head = x[:, slice(*page["head_features"])] @ part["head.weight"].T + part.get("head.bias", 0.0)  # dense rows
     x = x[:, slice(*page["tail_features"])]
-    x = x @ load_file(folder / "label_basis.safetensors")["basis"] if page.get("basis") == "labels" else x
+    if page.get("basis") == "labels":
+        bases = load_file(folder / "label_basis.safetensors")["basis"]  # (bases, features, directions), side by side
+        x = (x @ bases).transpose(0, 1).flatten(1) if bases.ndim == 3 else x @ bases
     read = x[:, part["tail.index"].long()]  # (texts, groups, fan-in): what each group of labels reads
     tail = torch.einsum("ntf,tgf->ntg", read, part["tail.weight"]) + part.get("tail.bias", 0.0)
     logits = torch.cat([head, tail.flatten(1)], dim=1)[:, : page["labels"]]  # behind the labels is padding

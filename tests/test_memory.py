@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import run_ranks
 
 from haste_dist import memory, replicas
-from haste_dist.classifier import KERNELS, Classifier
+from haste_dist.classifier import KERNELS, Classifier, part_width
 from haste_dist.config import Config, load_config
 from haste_dist.dry_run import dry_run
 from haste_dist.encoder import build_encoder
@@ -125,7 +125,8 @@ def step_within_plan(world: World, words: list[str], tolerance: float) -> None:
     world = split_world(world, page.launch.label_parallel)
     shard = label_shard(head, groups, page.output.group_size, labels, world.shards.size, world.shards.rank)
     steps = summed_over(world.copies) if world.copies.size > 1 else KERNELS
-    classifier = Classifier(page.output, shard, encoder.width, 0, world.device, steps)
+    basis = torch.eye(encoder.width)[:, : part_width(page.output, encoder.width)].expand(page.output.bases, -1, -1)
+    classifier = Classifier(page.output, shard, encoder.width, 0, world.device, steps, basis)
     batch = synthetic_batch(LAW, labels, head, n, s, vocabulary, 0, 0, world.size, world.rank)
 
     def step(number: int) -> None:
@@ -146,7 +147,11 @@ SMALL = ["encoder.width=64", "encoder.heads=4", "encoder.layers=4", "encoder.dro
 BATCHES = [["train.batch_size=64"], ["train.batch_size=8"], ["train.batch_size=32", "output.tail_dropout=0.1"]]
 
 
-@pytest.mark.parametrize("more", [*BATCHES, ["train.batch_size=2", "encoder.width=256"]])  # the last: the encoder's weights are most of it
+MOSTLY_ENCODER = ["train.batch_size=2", "encoder.width=256"]
+TURNED = ["output.basis=labels", "output.bases=600", "output.directions=48", "output.start=centroids", "rewire.interval=0"]
+
+
+@pytest.mark.parametrize("more", [*BATCHES, MOSTLY_ENCODER, [*TURNED, "train.batch_size=128", "data.max_length=4"]])
 def test_a_step_holds_what_was_planned(more: list[str]) -> None:
     step_within_plan(join_world("cpu"), [*SMALL, *more], 0.1)
 
