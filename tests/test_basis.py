@@ -28,6 +28,7 @@ from haste_dist.predictor import Predictor
 from haste_dist.sealed import seal_data
 from haste_dist.sharding import all_rows
 from haste_dist.train import check_run
+from haste_dist.trials import with_label_order
 from haste_dist.verify import verify
 from haste_dist.world import join_world
 
@@ -176,6 +177,21 @@ def test_groups_keep_to_the_directions_of_their_part(tmp_path: Path) -> None:
         turned = torch.from_numpy((own - own.mean(0))[prepared.order.label_of_row[:LABELS]]) @ layer.basis
         kept[bases] = float(turned.gather(1, index.repeat_interleave(16, 0)[:LABELS]).square().sum())
     assert kept[3] > 1.05 * kept[1]
+
+
+def test_cases_of_a_study_have_the_bases_they_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, vectors = with_vectors(tmp_path / "data", "rewire.interval=0")
+    config.output.basis = "labels"
+    make_order(config, vectors)
+    monkeypatch.setattr(label_embeddings, "embed_labels", lambda *_: LabelEmbeddings(vectors, 0, 0, 0))
+    cases = []
+    for bases, directions in ((1, 0), (3, 10), (2, 15)):
+        output = dataclasses.replace(config.output, bases=bases, directions=directions)
+        cases.append(with_label_order(dataclasses.replace(config, output=output), tmp_path, 0))
+    for case in cases:
+        check_run(case)
+    assert cases[0].data.prepared == config.data.prepared
+    assert len({case.data.prepared for case in cases}) == 3
 
 
 def test_groups_read_what_holds_most_of_their_labels(tmp_path: Path) -> None:
