@@ -44,20 +44,23 @@ def principal_basis(vectors_LD: NDArray[np.float16]) -> Tensor:
 
     From rows at even distances where there are more than LABELS.
     """
-    total_D, scatter_DD, count = _sums(vectors_LD)
+    total_D, scatter_DD, count = _sums(vectors_LD, None, np.zeros(vectors_LD.shape[1]))
     return _directions(scatter_DD - np.outer(total_D, total_D) / max(1, count))
 
 
 def part_bases(vectors_LD: NDArray[np.float16], parts: Iterable[NDArray[np.int64]], directions: int) -> Tensor:
     """(K, D, M) float32: for each of K ``parts``, labels in any order, the M ``directions`` in which its vectors, seen from the mean of all
     labels, are longest; the first is the one that holds most."""
-    total_D, _, count = _sums(vectors_LD)
-    mean_D, found = total_D / max(1, count), []
-    for labels in parts:
-        sum_D, scatter_DD, rows = _sums(vectors_LD, labels)
-        cross_DD = np.outer(sum_D, mean_D)
-        found.append(_directions(scatter_DD - cross_DD - cross_DD.T + rows * np.outer(mean_D, mean_D))[:, :directions])
-    return torch.stack(found)
+    mean_D = label_mean(vectors_LD).astype(np.float64)
+    return torch.stack([_directions(_sums(vectors_LD, labels, mean_D)[1])[:, :directions] for labels in parts])
+
+
+def label_mean(vectors_LD: NDArray[np.float16]) -> NDArray[np.float32]:
+    """(D,) float32, summed in float64 in the order of the labels."""
+    total_D = np.zeros(vectors_LD.shape[1])
+    for start in range(0, len(vectors_LD), CHUNK):
+        total_D += vectors_LD[start : start + CHUNK].sum(axis=0, dtype=np.float64)
+    return (total_D / max(1, len(vectors_LD))).astype(np.float32)
 
 
 def part_of(groups: NDArray[np.int64], total: int, bases: int) -> NDArray[np.int64]:
@@ -65,15 +68,18 @@ def part_of(groups: NDArray[np.int64], total: int, bases: int) -> NDArray[np.int
     return groups * bases // max(1, total)
 
 
-def _sums(vectors_LD: NDArray[np.float16], labels: NDArray[np.int64] | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
-    """Of all rows, or those of ``labels``, at even distances if more than LABELS: their sum, that of their outer products, their number."""
+def _sums(
+    vectors_LD: NDArray[np.float16], labels: NDArray[np.int64] | None, seen_from_D: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
+    """Of all rows, or those of ``labels``, at even distances if more than LABELS, less ``seen_from_D``: their sum, that of their outer
+    products, their number."""
     rows = len(vectors_LD) if labels is None else len(labels)
     step = max(1, -(-rows // LABELS))
     width = vectors_LD.shape[1]
     total_D, scatter_DD = np.zeros(width), np.zeros((width, width))
     for start in range(0, rows, CHUNK * step):
         part = slice(start, start + CHUNK * step, step)
-        v_RD = (vectors_LD[part] if labels is None else vectors_LD[labels[part]]).astype(np.float64)
+        v_RD = (vectors_LD[part] if labels is None else vectors_LD[labels[part]]).astype(np.float64) - seen_from_D
         total_D += v_RD.sum(axis=0)
         scatter_DD += v_RD.T @ v_RD
     return total_D, scatter_DD, -(-rows // step)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from haste_dist.basis import part_of
+from haste_dist.basis import label_mean, part_of
 from haste_dist.classifier import Classifier
 from haste_dist.errors import DataError
 from haste_dist.label_groups import VECTORS_FILE
@@ -34,7 +34,7 @@ def start_from_centroids(classifier: Classifier, prepared: Prepared) -> None:
     """Sets features and weights of this rank's groups; the same for any number of ranks, for a group depends on its labels alone."""
     tail, shard, span = classifier.tail, classifier.shard, classifier.tail_slice
     vectors_LD = _vectors(prepared.folder)
-    mean_D = torch.from_numpy(_mean(vectors_LD)[span.start : span.stop])
+    mean_D = torch.from_numpy(label_mean(vectors_LD)[span.start : span.stop])
     size, fan_in = shard.group_size, classifier.config.fan_in
     bases = classifier.config.bases
     parts = [None] if classifier.basis is None else classifier.basis.cpu().chunk(bases, dim=1)
@@ -68,11 +68,3 @@ def _vectors(folder: Path) -> np.ndarray:
         return np.load(folder / VECTORS_FILE, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
         raise DataError(f"{folder / VECTORS_FILE}: missing or damaged; run haste prepare again with output.start=centroids") from None
-
-
-def _mean(vectors_LD: np.ndarray) -> np.ndarray:
-    """(D,) float32, summed in float64 in the order of the labels."""
-    total = np.zeros(vectors_LD.shape[1])
-    for start in range(0, len(vectors_LD), 65536):
-        total += vectors_LD[start : start + 65536].sum(axis=0, dtype=np.float64)
-    return (total / max(1, len(vectors_LD))).astype(np.float32)

@@ -240,10 +240,13 @@ def check_slice(name: str, part: Slice, width: int) -> None:
 
 def check_basis(basis: Tensor | None, config: OutputConfig, width: int) -> Tensor:
     """(K, D, M): that of a tail behind an embedding of ``width`` features. Raises ConfigError."""
-    bases, reads, directions = wanted = config.bases, feature_slice(config.tail_features, width).width, part_width(config, width)
+    wanted = (config.bases, feature_slice(config.tail_features, width).width, part_width(config, width))
     if basis is None or basis.shape != wanted:
-        found = "there is none" if basis is None else "there are {} bases of {} features and {} directions".format(*basis.shape)
-        raise ConfigError(f"output.basis=labels: {found}, not {bases} of {reads} and {directions}; run haste prepare with these settings")
+        found = "nothing" if basis is None else " x ".join(map(str, basis.shape))
+        raise ConfigError(
+            f"output.basis=labels: prepared is {found}, these settings ask for {' x '.join(map(str, wanted))} "
+            "(bases x features x directions); run haste prepare with them"
+        )
     return basis
 
 

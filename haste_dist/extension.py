@@ -11,7 +11,6 @@ Letters: L labels, m new ones, k neighbours, U distinct neighbours, T groups, G 
 """
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -44,7 +43,7 @@ from haste_dist.prepare import prepare
 from haste_dist.sealed import seal
 from haste_dist.storage import whole_address
 from haste_dist.tensor_file import write_tensors
-from haste_dist.verify import check_run_files, seal_run
+from haste_dist.verify import check_run_files, run_tail_width, seal_run
 from haste_dist.world import choose_device
 
 NEW_STREAM = 5  # keeps the random streams of one seed apart
@@ -241,7 +240,7 @@ def _extend_rows(
     weight_UF, index_UF, bias_U = _gather(source, files, unique - old.head_rows, old.group_size)
     with safe_open(source / last, framework="pt") as file:
         tensors, starts = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    width = _tail_width(source.parent.parent, config)
+    width = run_tail_width(source.parent.parent)
     weight = _grown(tensors["tail.weight"], new.groups - old.groups)
     index = _grown(tensors["tail.index"], new.groups - old.groups)
     bias = _grown(tensors["tail.bias"], new.groups - old.groups) if "tail.bias" in tensors else None
@@ -302,10 +301,3 @@ def _mean_rows(place_mk: np.ndarray, weight_UF: Tensor, index_UF: Tensor, width:
 def _grown(tensor: Tensor, groups: int) -> Tensor:
     """The tensor with ``groups`` more groups of zeros."""
     return torch.cat([tensor, tensor.new_zeros(groups, *tensor.shape[1:])])
-
-
-def _tail_width(run: Path, config: Config) -> int:
-    from haste_dist.classifier import embedding_width, tail_width
-
-    page = json.loads((run / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))
-    return tail_width(config.output, embedding_width(config.encoder, int(page["hidden_size"])))

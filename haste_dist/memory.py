@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from haste_dist.classifier import INT16_WIDTH, feature_slice, stored_dtypes
-from haste_dist.classifier import tail_width as width_of_tail
+from haste_dist.classifier import INT16_WIDTH, feature_slice, stored_dtypes, tail_width
 from haste_dist.config import Config
 from haste_dist.dry_run import EncoderNeeds, dry_run
 from haste_dist.graphs import MOST_TOKENS
@@ -88,7 +87,7 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     d, x_bytes = needs.width, x_dtype.itemsize
     head_width, slice_width = feature_slice(output.head_features, d).width, feature_slice(output.tail_features, d).width
     turned = output.basis == "labels"
-    tail_width = width_of_tail(output, d)
+    reads = tail_width(output, d)
     h, t = shard_sizes(facts.labels, output.head_fraction, output.group_size, parts)
     weight, momentum = (dtype.itemsize for dtype in stored_dtypes(output, cuda))
     momentum = momentum if output.momentum else 0
@@ -98,8 +97,8 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         "output weights": weights * weight,
         "output momentum": weights * momentum,
         "output biases": biases * (2 if momentum else 1),
-        "tail indices": t * output.fan_in * (2 if tail_width <= INT16_WIDTH else 4),
-        "basis": 4 * slice_width * tail_width * turned,
+        "tail indices": t * output.fan_in * (2 if reads <= INT16_WIDTH else 4),
+        "basis": 4 * slice_width * reads * turned,
         "encoder weights": needs.parameters * x_bytes,
         **_optimizer_state(config, needs, x_bytes, facts.ranks),
     }
@@ -114,11 +113,11 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     if parts < facts.ranks:  # replicas.py takes the layer by chunks, two of whose gradients there are at once
         rows, groups = min(h, max(1, ELEMENTS // head_width)), min(t, max(1, ELEMENTS // (output.group_size * output.fan_in)))
         chunk = max(rows * head_width, groups * output.group_size * output.fan_in)
-        summed = 4 * chunk * (1 if (rows, groups) == (h, t) else 2) + 4 * n * max(head_width, tail_width)
+        summed = 4 * chunk * (1 if (rows, groups) == (h, t) else 2) + 4 * n * max(head_width, reads)
         update = ROUNDING * chunk if {1, HALF} & {weight, momentum} else 0
     head_work = _head_workspace(cuda, n, rows, head_width, weight, x_bytes)
-    in_basis = n * (x_bytes * tail_width + 4 * slice_width) * turned  # what the tail reads, and its gradient turned back
-    work = max(head_work, in_basis + _tail_workspace(config, cuda, n, groups, tail_width, weight, x_bytes), update)
+    in_basis = n * (x_bytes * reads + 4 * slice_width) * turned  # what the tail reads, and its gradient turned back
+    work = max(head_work, in_basis + _tail_workspace(config, cuda, n, groups, reads, weight, x_bytes), update)
     joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
     forward, between, backward = needs.forward, needs.kept, needs.backward
     if cuda and needs.replays and b * s <= MOST_TOKENS:  # recorded passes keep their activations' memory, and a gradient
@@ -129,8 +128,8 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         "output layer": {**batch, **masked, "activations": between, "kernel workspace": work + 32 * n * facts.most_labels},
         "encoder backward": {**batch, "activations": backward, "flat gradient": joined},
         "optimizer": {**batch, "gradients": gradients, "update": stepping},
-        "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size),
-        "making the initial weights": {"random numbers": min(1 << 28, 16 * weights) + min(PLAIN_BYTES[facts.device], 64 * t * tail_width)},
+        "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size, reads * turned),
+        "making the initial weights": {"random numbers": min(1 << 28, 16 * weights) + min(PLAIN_BYTES[facts.device], 64 * t * reads)},
     }
     if summed:
         phases["output layer"]["gradients summed over replicas"] = summed
@@ -138,10 +137,10 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         for name in ("encoder forward", "output layer"):
             phases[name]["gradients"] = gradients
     if config.rewire.interval:
-        each = 64 * tail_width + output.fan_in * (16 * output.group_size + 32)  # a group's random keys, scores and moved weights
+        each = 64 * reads + output.fan_in * (16 * output.group_size + 32)  # a group's random keys, scores and moved weights
         phases["rewiring"] = {"scores, keys and moved weights of some groups": min(PLAIN_BYTES[facts.device], each * t)}
         if config.rewire.grow == "gradient":
-            kept = {"kept batches": config.rewire.batches * whole * (tail_width * x_bytes + facts.most_labels * 8)}
+            kept = {"kept batches": config.rewire.batches * whole * (reads * x_bytes + facts.most_labels * 8)}
             phases = {name: {**phase, **kept} for name, phase in phases.items()}
     return MemoryPlan(held, phases, needs)
 
@@ -220,8 +219,11 @@ def _chunk(device: str, count: int, allowed: int, used: int) -> int:
     return max(1, min(count, PLAIN_BYTES[device] // allowed)) * used
 
 
-def _scoring(config: Config, facts: Facts, cuda: bool, needs: EncoderNeeds, d: int, x_bytes: int, head: int, tail: int) -> dict[str, int]:
-    """Activations grow with the rows; top-k keeps block maxima of a chunk (Triton), or a chunk's logits and keys (plain torch)."""
+def _scoring(
+    config: Config, facts: Facts, cuda: bool, needs: EncoderNeeds, d: int, x_bytes: int, head: int, tail: int, turned: int
+) -> dict[str, int]:
+    """Activations grow with the rows; of ``turned`` features in a basis there is a float32 product, and its copy; top-k keeps block maxima
+    of a chunk (Triton), or a chunk's logits and keys (plain torch)."""
     n, k = config.evaluate.batch_size, 100
     rows = -(-n // facts.ranks)
     trained_rows = -(-config.train.batch_size // facts.ranks)
@@ -232,4 +234,8 @@ def _scoring(config: Config, facts: Facts, cuda: bool, needs: EncoderNeeds, d: i
         chunk = 4 * padded * (spans + 4) * (1 + TOPK_LIST)
     else:
         chunk = min(16 << 20, 4 * n * (head + tail)) * 3
-    return {"activations": activations, "embeddings": 2 * n * d * x_bytes, "top-k workspace": chunk + n * k * TOPK_LIST * 8}
+    return {
+        "activations": activations,
+        "embeddings": n * (2 * d * x_bytes + (4 + x_bytes) * turned),
+        "top-k workspace": chunk + n * k * TOPK_LIST * 8,
+    }

@@ -114,7 +114,7 @@ def _verify_data(folder: Path, found: Findings) -> None:
 def _verify_run(folder: Path, found: Findings) -> None:
     _verify_sealed(folder, found, TRAIN_AGAIN)
     order = found.check(folder / LABELS_FILE, _check_order, folder)
-    width = found.check(folder / CONFIG, _tail_width, folder)
+    width = found.check(folder / CONFIG, run_tail_width, folder)
     saved = folder / "checkpoints"
     for name in ("last", "best"):
         if (saved / f"{name}.json").exists():
@@ -194,8 +194,8 @@ def _check_order(folder: Path, labels: int | None = None) -> LabelOrder:
     return order
 
 
-def _tail_width(run: Path) -> int:
-    """How many features the tail of a run reads."""
+def run_tail_width(run: Path) -> int:
+    """How many features the tail of a run reads; from its files, which must be whole."""
     page = json.loads((run / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))
     config = load_config(run / CONFIG)
     return tail_width(config.output, embedding_width(config.encoder, int(page["hidden_size"])))

@@ -295,7 +295,7 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
         check_run(config)
     config.output.bases, config.output.directions = 2, 15  # as many features, otherwise cut
     assert not label_order_is_current(config, config.data.prepared, manifest)
-    with pytest.raises(ConfigError, match=r"there are 3 bases of 32 features and 10 directions, not 2 of 32 and 15; run haste prepare"):
+    with pytest.raises(ConfigError, match=r"prepared is 3 x 32 x 10, these settings ask for 2 x 32 x 15 .*; run haste prepare with them"):
         check_run(config)
     config = with_basis(tmp_path)
     check_run(config)
@@ -311,10 +311,12 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     config, vectors = with_vectors(tmp_path / "none")
     make_order(config, vectors)
     config.output.basis = "labels"
-    with pytest.raises(ConfigError, match=r"output.basis=labels: there is none, not 1 of 32 and 32; run haste prepare with these"):
+    with pytest.raises(
+        ConfigError, match=r"output.basis=labels: prepared is nothing, these settings ask for 1 x 32 x 32 .*; run haste prepare"
+    ):
         check_run(config)
     config = with_basis(tmp_path / "slice", "output.tail_features=[4,28]")
     check_run(config)
     config.output.tail_features = [4, 20]
-    with pytest.raises(ConfigError, match=r"there are 1 bases of 24 features and 24 directions, not 1 of 16 and 16"):
+    with pytest.raises(ConfigError, match=r"prepared is 1 x 24 x 24, these settings ask for 1 x 16 x 16"):
         check_run(config)

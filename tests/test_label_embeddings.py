@@ -167,6 +167,18 @@ def test_a_vector_does_not_depend_on_dev_texts(config: Config, features: str, tm
     assert abs(after.vectors - whole.vectors).max() > 0.1
 
 
+@pytest.mark.parametrize("features", ["encoder", "tfidf"])
+def test_without_label_texts_no_test_text_is_read(config: Config, features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With them only their tokens are compared: see below."""
+    config.groups.features = features
+    monkeypatch.setattr(config.groups, "label_text", False)
+    whole = embed(config)
+    shutil.copytree(config.data.prepared, tmp_path / "without")
+    shutil.rmtree(tmp_path / "without/test")
+    monkeypatch.setattr(config.data, "prepared", str(tmp_path / "without"))
+    np.testing.assert_array_equal(embed(config).vectors, whole.vectors)
+
+
 @pytest.mark.parametrize("dev_fraction", [0.0, 0.3])
 def test_a_label_text_that_is_held_out_is_not_joined(config: Config, dev_fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
     config.groups.features = "encoder"
