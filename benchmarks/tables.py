@@ -48,7 +48,7 @@ def table(topic: str, study: str, split: str, records: Path) -> str:
     for line in sorted(lines, key=lambda line: line["date"]):
         if (line.get("study"), line.get("split")) == (study, split):
             runs.setdefault(line["case"], {})[line["seed"]] = line
-    cases = [case for case in read_study_page(HERE / "studies" / f"{study}.yaml").cases if case in runs]
+    cases = [case for case in read_study_page(HERE / "studies" / f"{study}.yaml").all_cases if case in runs]
     if not cases:
         sys.exit(f"{records}/{topic}.jsonl: holds no run of study {study} on the {split} split")
     head = ["case", "seeds", *COLUMNS, "layer, MB"]

@@ -22,28 +22,27 @@ from torch import Tensor
 
 from haste_dist import checkpoint
 from haste_dist.bisection import matmul, take
-from haste_dist.checkpoint import PAGE, PIECE, RunState
-from haste_dist.config import ENCODER_FOLDER, Config, load_config, save_config
+from haste_dist.checkpoint import PIECE
+from haste_dist.config import Config, load_config
 from haste_dist.errors import CheckpointError, ConfigError, DataError
 from haste_dist.label_groups import (
     LABELS_FILE,
     ORDER_SCHEMA,
     WORK,
     LabelOrder,
-    copy_order,
     load_label_order,
     measure_closeness,
     order_settings,
     write_order,
 )
-from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, atomic_file, read_arrow
+from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, read_arrow
 from haste_dist.mirror import local_copy
+from haste_dist.new_run import Files, check_free, new_run
 from haste_dist.packing import pack
 from haste_dist.prepare import prepare
-from haste_dist.sealed import seal
 from haste_dist.storage import whole_address
-from haste_dist.tensor_file import write_tensors
-from haste_dist.verify import check_run_files, run_tail_width, seal_run
+from haste_dist.tensor_file import FileRecord, write_tensors
+from haste_dist.verify import check_run_files, run_tail_width
 from haste_dist.world import choose_device
 
 NEW_STREAM = 5  # keeps the random streams of one seed apart
@@ -179,9 +178,7 @@ def check_words(config: Config, run: Path) -> None:
     ):
         if whole_address(mine) == whole_address(theirs):
             raise ConfigError(f"{name} {mine}: is that of the trained run; name another one for the grown data")
-    found = checkpoint.newest(Path(config.run.folder) / "checkpoints")
-    if found is not None:
-        raise ConfigError(f"{config.run.folder}: holds a run already ({found.name}); choose another folder")
+    check_free(config.run.folder)
 
 
 def extend_run(config: Config, run: Path, name: str, found: np.ndarray, prepared: Path) -> Path:
@@ -189,40 +186,25 @@ def extend_run(config: Config, run: Path, name: str, found: np.ndarray, prepared
 
     Raises CheckpointError for a checkpoint that is damaged or cannot be written.
     """
-    target = Path(config.run.folder)
     source = checkpoint.resolve(run / "checkpoints", name)
     page = checkpoint.read_page(source)
     old, new = load_label_order(run), load_label_order(prepared)
     if page["label_order"] != old.fingerprint:
         raise CheckpointError(f"{source}: belongs to another label order than {run}'s")
     checkpoint.verify_files(source, page)
-    folder = target / "checkpoints" / checkpoint.folder_name(0)
-    try:
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that did not end
-        folder.mkdir(parents=True)
-        files = {name: record for name, record in page["files"].items() if name != checkpoint.KEPT}
-        last = _row_files(source, files)[-1][1]
-        for file in files:
+    records = {name: FileRecord(**record) for name, record in page["files"].items() if name != checkpoint.KEPT}
+    with new_run(config, run, prepared, new.fingerprint, step=0) as (folder, files):
+        last = _row_files(source, records)[-1][1]
+        for file, record in records.items():
             if file != last:
                 shutil.copyfile(source / file, folder / file)
-        tensors, starts = _extend_rows(source, files, last, old, new, found, config)
-        files[last] = dataclasses.asdict(write_tensors(folder / last, tensors, starts))
-        save_config(config, target / "config.yaml")
-        shutil.copytree(run / ENCODER_FOLDER, target / ENCODER_FOLDER, dirs_exist_ok=True)
-        copy_order(prepared, target)
-        seal_run(target)
-        state = RunState(best_step=0)  # so that the checkpoint stays until an evaluation picks a better one
-        state_page = {"schema_version": checkpoint.SCHEMA_VERSION, "label_order": new.fingerprint, "state": dataclasses.asdict(state)}
-        with atomic_file(folder / PAGE) as out:  # last: with it the checkpoint is complete
-            out.write(seal({**state_page, "files": dict(sorted(files.items()))}))
-        for pointer in ("last", "best"):
-            checkpoint.point(target / "checkpoints", pointer, 0)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error}); check run.folder and its disk") from None
+                files[file] = record
+        tensors, starts = _extend_rows(source, records, last, old, new, found, config)
+        files[last] = write_tensors(folder / last, tensors, starts)
     return folder
 
 
-def _row_files(source: Path, files: dict[str, dict]) -> list[tuple[int, str]]:
+def _row_files(source: Path, files: Files) -> list[tuple[int, str]]:
     """(first group, name) of the files of label rows, in the order of their groups."""
     found = []
     for name in (name for name in files if name.startswith("output")):
@@ -233,7 +215,7 @@ def _row_files(source: Path, files: dict[str, dict]) -> list[tuple[int, str]]:
 
 
 def _extend_rows(
-    source: Path, files: dict[str, dict], last: str, old: LabelOrder, new: LabelOrder, found: np.ndarray, config: Config
+    source: Path, files: Files, last: str, old: LabelOrder, new: LabelOrder, found: np.ndarray, config: Config
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of the ``last`` file with the new rows, and its metadata."""
     unique, place_mk = np.unique(found, return_inverse=True)
@@ -268,7 +250,7 @@ def _extend_rows(
     return tensors, starts
 
 
-def _gather(source: Path, files: dict[str, dict], rows_U: np.ndarray, group_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _gather(source: Path, files: Files, rows_U: np.ndarray, group_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weights (U, F), features (U, F) and biases (U,) of rows of the tail (ascending), a piece of a file at a time."""
     weights, indices, biases = [], [], []
     for start, name in _row_files(source, files):

@@ -55,8 +55,14 @@ def _figures(study: Study, trial: Trial, result: dict[str, Any]) -> dict[str, An
         "study": study.name,
         "case": trial.case,
         "split": result["split"],
-        "note": f"haste study, last checkpoint; {' '.join([*study.settings, *study.cases[trial.case]]) or 'no settings of its own'}",
+        "note": f"haste study, {_what(trial)}; {' '.join([*study.settings, *study.all_cases[trial.case]]) or 'no settings of its own'}",
     }
+
+
+def _what(trial: Trial) -> str:
+    if not trial.members:
+        return "last checkpoint"
+    return f"mean of the weights of seeds {', '.join(str(member.seed) for member in trial.members)}"
 
 
 def _provider(trial: Trial) -> str:
@@ -69,7 +75,8 @@ def _provider(trial: Trial) -> str:
 def _shape(trial: Trial) -> dict[str, int]:
     """L, N, D, of a sparse tail F and G, and W: a study's run is of one rank."""
     config = trial.config
-    start = next(event for event in read_events(trial.folder) if event["event"] == "start")
+    trained = trial.members[0] if trial.members else trial
+    start = next(event for event in read_events(trained.folder) if event["event"] == "start")
     try:
         hidden = int(json.loads((trial.folder / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))["hidden_size"])
     except (OSError, ValueError, KeyError) as error:

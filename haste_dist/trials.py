@@ -10,6 +10,7 @@ A study is a YAML page:
     cases:                                 a.b=c of each; the first is what the others are compared with
       default: []
       dense: [output.head_fraction=1]
+    average: 3                             so many seeds' weights of each case are averaged too (averaging.py), as CASE-average
 
 Dev texts are a data set of their own (dev_data.py): label orders and frequencies do not know them. They are the same for all seeds.
 The last checkpoint of a run is scored, so that the split chooses nothing. Of a run stay its settings, its log, ``result.json`` and
@@ -18,6 +19,7 @@ The last checkpoint of a run is scored, so that the split chooses nothing. Of a 
 Letters: n texts of the split, M sums of ``Metrics`` and ``FrequencyRecall``.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -49,9 +51,11 @@ from haste_dist.sealed import CHECKSUMS
 
 if TYPE_CHECKING:
     from haste_dist.label_embeddings import LabelEmbeddings
+    from haste_dist.world import World
 
 RESULT, TEXTS, RESULTS = "result.json", "texts.parquet", "results.parquet"
-NAMES = ("config", "settings", "seeds", "split", "topic", "cases")
+NAMES = ("config", "settings", "seeds", "split", "topic", "average", "cases")
+AVERAGE = "-average"  # behind the name of a case
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,18 @@ class Study:
     cases: dict[str, tuple[str, ...]]
     name: str  # the page's
     topic: str  # of its records
+    average: int = 0
 
     @property
     def baseline(self) -> str:
         return next(iter(self.cases))
+
+    @property
+    def all_cases(self) -> dict[str, tuple[str, ...]]:
+        """With those of averaged weights, each behind what it is the mean of."""
+        if not self.average:
+            return self.cases
+        return {name: words for case, words in self.cases.items() for name in (case, case + AVERAGE)}
 
 
 @dataclass(frozen=True)
@@ -76,12 +88,18 @@ class Trial:
     """One run of a study."""
 
     case: str
-    seed: int
+    seed: int  # of averaged weights the first
     config: Config
+    members: tuple["Trial", ...] = ()  # whose weights are averaged; none: it is trained
 
     @property
     def folder(self) -> Path:
         return Path(self.config.run.folder)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether its checkpoints are still there."""
+        return (self.folder / "checkpoints").is_dir()
 
 
 def read_study_page(file: str | Path) -> Study:
@@ -106,14 +124,24 @@ def read_study_page(file: str | Path) -> Study:
     topic = page.get("topic", re.sub(r"[^a-z0-9_-]", "-", Path(str(page["config"])).stem.lower()))
     if not isinstance(topic, str) or not re.fullmatch("[a-z0-9][a-z0-9_-]*", topic):
         raise ConfigError(f"{file}: topic={topic}: only lower-case letters, digits, - and _")
+    average = page.get("average", 0)
+    if type(average) is not int or average < 0 or average == 1 or (average and len(seeds) % average):
+        raise ConfigError(
+            f"{file}: average={average}: how many seeds' weights are averaged, two or more; {len(seeds)} seeds are no multiple"
+        )
+    if average and (twice := [name for name in cases if name + AVERAGE in cases]):
+        raise ConfigError(f"{file}: case '{twice[0]}{AVERAGE}': is what the mean of {twice[0]}'s seeds is called; choose another name")
     found = {name: tuple(words) for name, words in cases.items()}
-    return Study(str(page["config"]), tuple(lists[0]), tuple(seeds), split, found, Path(file).stem, topic)
+    return Study(str(page["config"]), tuple(lists[0]), tuple(seeds), split, found, Path(file).stem, topic, average)
 
 
 def trials_of(study: Study, out: Path, overrides: list[str]) -> list[Trial]:
-    """All runs, seed by seed, so that a study that is cut has whole seeds. ``overrides`` come last. Raises ConfigError."""
-    found = []
-    for seed in study.seeds:
+    """All runs, seed by seed, so that a study that is cut has whole seeds; averages behind their seeds. ``overrides`` come last.
+
+    Raises ConfigError.
+    """
+    found: list[Trial] = []
+    for place, seed in enumerate(study.seeds, start=1):
         for case, words in study.cases.items():
             config = load_config(study.config, [*study.settings, *words, *overrides])
             config.run.seed, config.run.folder = seed, os.path.abspath(out / "runs" / f"{case}-{seed}")
@@ -123,6 +151,13 @@ def trials_of(study: Study, out: Path, overrides: list[str]) -> list[Trial]:
                     f"split={study.split} with data.dev_fraction={config.data.dev_fraction}: dev needs one above 0, test is 0"
                 )
             found.append(Trial(case, seed, config))
+        if study.average and place % study.average == 0:
+            seeds = study.seeds[place - study.average : place]
+            for case in study.cases:
+                members = tuple(trial for trial in found if trial.case == case and trial.seed in seeds)
+                config = copy.deepcopy(members[0].config)
+                config.run.folder = os.path.abspath(out / "runs" / f"{case}{AVERAGE}-{seeds[0]}")
+                found.append(Trial(case + AVERAGE, seeds[0], config, members))
     return found
 
 
@@ -179,16 +214,15 @@ def _prepared(config: Config, folder: Path) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(folder)))
 
 
-def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False) -> bool:
-    """Trains (or goes on) and scores on this process's device; writes the result and removes the checkpoints.
+def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False, keep_weights: bool = False) -> bool:
+    """Trains (or goes on), or averages what its members have trained, and scores on this process's device; writes the result.
 
-    False: it was stopped before its end, and saved. Raises HasteError.
+    Checkpoints are removed, with ``keep_weights`` only those of averages and their members. False: it was stopped before its end, and
+    saved. Raises HasteError.
     """
     import torch
 
-    from haste_dist.evaluate import load_frequency
-    from haste_dist.model import open_prepared
-    from haste_dist.scoring import evaluate_run
+    from haste_dist.averaging import average_runs
     from haste_dist.train import CHECKPOINTS, train
     from haste_dist.world import join_world, leave_world
 
@@ -197,10 +231,38 @@ def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False) -> b
         data, evaluate = dataclasses.replace(config.data, dev_fraction=0.0), dataclasses.replace(config.evaluate, split="test")
         config = dataclasses.replace(config, data=data, evaluate=evaluate)
     world = join_world(config.launch.device, config.launch.timeout)
-    outcome = train(config, world, wants_stop)
-    if outcome.reason == "stopped":
+    if trial.members:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # of an attempt that was cut
+        average_runs(folder, [member.folder for member in trial.members], "last")
+    elif train(config, world, wants_stop).reason == "stopped":
         leave_world()
         return False
+    result = {
+        "case": trial.case,
+        "seed": trial.seed,
+        "split": trial.config.evaluate.split,
+        "settings": settings_of(trial),
+        **_scored(config, world),
+        **(_costs_of_members(trial) if trial.members else _costs(folder)),
+        "device": str(world.device.type),
+        "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "",
+        **stamp(),
+    }
+    with replacing(folder / RESULT) as file:
+        file.write((json.dumps(result, indent=1) + "\n").encode())
+    if trial.members or not keep_weights:
+        for one in (trial, *trial.members):
+            shutil.rmtree(one.folder / CHECKPOINTS)
+    leave_world()
+    return True
+
+
+def _scored(config: Config, world: "World") -> dict[str, float]:
+    """The metrics of the last checkpoint; what each text adds to them is written."""
+    from haste_dist.evaluate import load_frequency
+    from haste_dist.model import open_prepared
+    from haste_dist.scoring import evaluate_run
+
     prepared = open_prepared(config)
     frequency, rows = load_frequency(prepared.folder), prepared.manifest.splits["train"].rows
     propensity = Propensity(frequency, rows, config.evaluate.propensity_a, config.evaluate.propensity_b)
@@ -216,30 +278,29 @@ def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False) -> b
     at, values = np.concatenate(positions), np.concatenate(sums)
     by_position = np.argsort(at, kind="stable")
     columns = {"text": at[by_position], **{f"sum_{i}": values[by_position, i].astype(np.float32) for i in range(values.shape[1])}}
-    with replacing(folder / TEXTS) as file:
+    with replacing(Path(config.run.folder) / TEXTS) as file:
         pq.write_table(pa.table(columns), file, compression="zstd")
+    return {name: value for name, value in measured.items() if name != "seconds"}
+
+
+def _costs(folder: Path) -> dict[str, float]:
+    """Steps, time and memory of a training run, by its log."""
     events = read_events(folder)
     steps = [event for event in events if event["event"] == "step"]
-    result = {
-        "case": trial.case,
-        "seed": trial.seed,
-        "split": trial.config.evaluate.split,
-        "settings": settings_of(trial),
-        **{name: value for name, value in measured.items() if name != "seconds"},
-        "step": outcome.step,
+    return {
+        "step": next(event["step"] for event in reversed(events) if event["event"] == "end"),
         "train_seconds": seconds_trained(events),
         "step_p50_ms": float(np.median([s["step_ms"] for s in steps if "step_ms" in s] or [0.0])),
         "output_bytes": next(event["output_bytes"] for event in events if event["event"] == "start"),
         "peak_gib": max(event.get("peak_gib", 0.0) for event in events if event["event"] == "end"),
-        "device": str(world.device.type),
-        "gpu": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "",
-        **stamp(),
     }
-    with replacing(folder / RESULT) as file:
-        file.write((json.dumps(result, indent=1) + "\n").encode())
-    shutil.rmtree(folder / CHECKPOINTS)
-    leave_world()
-    return True
+
+
+def _costs_of_members(trial: Trial) -> dict[str, float]:
+    """Those of all members together, and the memory of one."""
+    found = [_costs(member.folder) for member in trial.members]
+    together = {name: sum(costs[name] for costs in found) for name in ("step", "train_seconds")}
+    return {**found[0], "peak_gib": max(costs["peak_gib"] for costs in found), **together}
 
 
 def settings_of(trial: Trial) -> str:

@@ -128,6 +128,22 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--checkpoint", default="best", metavar="NAME", help=CHECKPOINT)
     add.add_argument("--neighbours", type=_positive, default=4, metavar="K", help="labels whose mean a new one starts from (default 4)")
 
+    average = commands.add_parser(
+        "average",
+        help="one model from several runs",
+        description="Write NEW, a run whose weights are the mean of those of runs that differ in their seed: better than each of them "
+        "and no larger. The runs stay as they are.",
+    )
+    average.add_argument("new", metavar="NEW", help="run folder to write")
+    average.add_argument("runs", metavar="RUN", nargs="+", help="two run folders or more that haste train wrote")
+    average.add_argument("--checkpoint", default="best", metavar="NAME", help=CHECKPOINT)
+    average.add_argument(
+        "--dtype",
+        default="",
+        choices=("float32", "bfloat16", "float8"),
+        help="what weights of labels are kept in (default: as in the first run)",
+    )
+
     datasets = commands.add_parser("datasets", help="build a public data set", description="Build a public data set from a package.")
     actions = datasets.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = actions.add_parser("build", help="write a data set in the XMC layout", description="Write a data set in the XMC layout.")

@@ -159,6 +159,14 @@ def labels(args: Namespace) -> int:
     return 0
 
 
+def average(args: Namespace) -> int:
+    from haste_dist.averaging import average_runs
+
+    average_runs(args.new, args.runs, args.checkpoint, args.dtype)
+    print(f"{args.new}: the mean of {len(args.runs)} runs; haste evaluate {args.new} scores it")
+    return 0
+
+
 def datasets(args: Namespace) -> int:
     from haste_dist.datasets import build_dataset
 

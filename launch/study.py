@@ -6,7 +6,9 @@ goes on with a study. After each run the report is written anew; it needs nothin
 Exit status: 0 done, 2 wrong words or a run that failed, 130 stopped by Ctrl-C or SIGTERM with every finished run kept.
 """
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +46,11 @@ def study(page: str, out: Path, overrides: list[str], side_by_side: int, plot: b
     trials: list[Trial] = []
     embeddings: dict[str, Any] = {}  # texts are embedded once for all label orders that are made now
     for trial in trials_of(wanted, out, overrides):
-        trials.append(Trial(trial.case, trial.seed, with_label_order(trial.config, out, wanted.seeds[0], embeddings)))
+        trials.append(dataclasses.replace(trial, config=with_label_order(trial.config, out, wanted.seeds[0], embeddings)))
+    for member in [member for trial in trials if read_result(trial) is None for member in trial.members]:
+        if read_result(member) and not member.has_weights:
+            console.print(f"{member.folder.name}: its weights are gone, so it is trained again")
+            shutil.rmtree(member.folder)
     left = [trial for trial in trials if read_result(trial) is None]
     if len(left) < len(trials):
         console.print(f"{len(trials) - len(left)} of {len(trials)} runs are in {out} already and are kept")
@@ -76,9 +82,10 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: received.append(number))
     try:
-        trials = trials_of(read_study_page(page), Path(out), [*overrides, f"data.prepared={prepared}"])
+        wanted = read_study_page(page)
+        trials = trials_of(wanted, Path(out), [*overrides, f"data.prepared={prepared}"])
         trial = next(trial for trial in trials if (trial.case, trial.seed) == (case, int(seed)))
-        return 0 if run_trial(trial, lambda: bool(received)) else 130
+        return 0 if run_trial(trial, lambda: bool(received), keep_weights=wanted.average > 0) else 130
     except HasteError as error:
         print(f"haste: error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -98,16 +105,19 @@ def _run_all(
     """Runs all of ``left``, ``side_by_side`` on each GPU; returns those that failed. Raises Interrupted."""
     gpus = _gpus(left)
     places = [gpu for _ in range(side_by_side) for gpu in gpus]
-    waiting, failed = list(left), []
+    waiting = list(left)
+    failed: list[Trial] = []
     running: list[Run] = []
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
-            while waiting and len(running) < len(places):
+            while len(running) < len(places) and (trial := next((one for one in waiting if _ready(one)), None)):
                 taken = [run.gpu for run in running]
                 gpu = next(gpu for gpu in places if taken.count(gpu) < side_by_side)
-                trial = waiting.pop(0)
+                waiting.remove(trial)
                 running.append(Run(trial, _start(trial, page, out, overrides, gpu, len(places)), gpu))
+            if not running:  # what is left waits for runs that failed
+                return failed + waiting
             time.sleep(POLL_SECONDS)
             for run in list(running):
                 status = run.process.poll()  # before the look at its log, so that nothing is missed
@@ -129,6 +139,10 @@ def _run_all(
     finally:
         signal.signal(signal.SIGTERM, before)
     return failed
+
+
+def _ready(trial: Trial) -> bool:
+    return all(read_result(member) for member in trial.members)
 
 
 def _gpus(left: list[Trial]) -> list[str]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from haste_dist.errors import DataError
 from haste_dist.intervals import Interval, mean_of, over_seeds, resample
 from haste_dist.manifest import replacing
-from haste_dist.trials import Study, Trial, read_result, read_texts
+from haste_dist.trials import AVERAGE, Study, Trial, read_result, read_texts
 from haste_launch.study_plot import BINS, Seen, write_plots
 
 MAIN = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5", "nDCG@5")
@@ -21,7 +21,7 @@ Draws = dict[tuple[str, int], dict[str, NDArray[np.float64]]]  # of each case an
 
 def write_report(study: Study, trials: Sequence[Trial], out: Path, plot: bool = True) -> Path:
     """Writes the report of the finished ``trials`` and returns its path. Raises HasteError."""
-    results = {name: [result for t in trials if t.case == name and (result := read_result(t))] for name in study.cases}
+    results = {name: [result for t in trials if t.case == name and (result := read_result(t))] for name in study.all_cases}
     results = {name: found for name, found in results.items() if found}
     first = next(iter(results.values()))[0]
     lines = [
@@ -60,7 +60,10 @@ def write_report(study: Study, trials: Sequence[Trial], out: Path, plot: bool = 
             "",
             *_table(["case", *COMPARED[:3], *(f"R@5, seen {BINS[name]}" for name in COMPARED[3:])], rows),
         ]
-    lines += ["", "Settings of each case:", "", *(f"- {name}: `{' '.join(study.cases[name]) or 'as above'}`" for name in results)]
+    if study.average:
+        lines += ["", f"CASE{AVERAGE} is the mean of the weights of {study.average} seeds each; its steps and time are theirs together."]
+    cases = [name for name in results if name in study.cases]
+    lines += ["", "Settings of each case:", "", *(f"- {name}: `{' '.join(study.cases[name]) or 'as above'}`" for name in cases)]
     if plot:
         lines += [
             "",

@@ -83,6 +83,7 @@ def test_a_mistake_is_told_in_one_line(tmp_path: Path, words: str, says: str) ->
     [
         "",
         "nosuch",
+        "average",
         "config",
         "plot a b",
         "predict run",

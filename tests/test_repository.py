@@ -192,6 +192,7 @@ def test_every_command_in_the_documents_exists() -> None:
         "doctor",
         "labels",
         "sweep",
+        "average",
     }
 
 

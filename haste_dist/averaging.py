@@ -1,0 +1,150 @@
+"""One model whose weights are the mean of several runs' (``haste average``): a model soup, arXiv 2203.05482.
+
+Runs that start from the same weights and differ in their seed alone (order of texts, dropout) end close enough to each other that the mean
+of their weights is a model too, and about as good as the mean of their answers, at the cost of one. In the sparse tail that holds where
+all runs read the same features, as with output.start=centroids and rewire.interval=0; others are refused. So are runs with a weight matrix
+of the encoder that has nothing in common, such as one that was drawn by each seed anew: it has no mean.
+
+Label rows are averaged in float32, a shard of the first run's checkpoint at a time, and rounded to the nearest value that is kept.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from haste_dist.checkpoint import ENCODER, OPTIMIZER, read_page, rows_file, step_of, verify_files
+from haste_dist.classifier import Classifier
+from haste_dist.config import OutputConfig, load_config
+from haste_dist.errors import CheckpointError, ConfigError
+from haste_dist.export import is_export
+from haste_dist.new_run import check_free, new_run
+from haste_dist.predictor import ModelFiles
+from haste_dist.runlog import RunLog
+from haste_dist.storage import whole_address
+from haste_dist.tensor_file import FileRecord, write_tensors
+from haste_kernels import STORED
+
+ALIKE = {
+    "encoder": ("pooling", "project", "normalize"),
+    "output": ("group_size", "fan_in", "head_features", "tail_features", "basis", "bias"),
+}
+"""Settings without which two runs' weights do not mean the same."""
+COMMON = 0.1  # cosine of two runs' weights in a matrix: those of one start keep most of it, of two starts it is 1 / sqrt(numbers)
+NUMBERS = 4096  # in a matrix that is looked at: of fewer the cosine of two starts may be large by chance
+
+
+def average_runs(new: str | Path, runs: Sequence[str | Path], name: str = "best", dtype: str = "") -> Path:
+    """Writes the run folder ``new``: the mean of the checkpoints ``name`` of ``runs``; returns its checkpoint. ``runs`` are only read.
+
+    Settings and steps are the first run's, without optimizer state. ``dtype``: what weights of labels are kept in (float32, bfloat16,
+    float8; empty: as in the first run). A dev split is none where the seeds cut several. Raises HasteError; then nothing is left behind.
+    """
+    folders = [Path(run) for run in runs]
+    if len({whole_address(str(run)) for run in (*folders, Path(new))}) < len(folders) + 1 or len(folders) < 2:
+        raise ConfigError("haste average takes the folder to write and two runs or more, each once")
+    check_free(new)
+    for run in folders:
+        if is_export(run):
+            raise ConfigError(f"{run}: was exported; name the run that haste train wrote")
+    models = [ModelFiles(run, name) for run in folders]
+    for model in models[1:]:
+        _check_alike(models[0], model)
+    config, places = load_config(folders[0] / "config.yaml"), [_place(model) for model in models]
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(new)))
+    if config.data.dev_fraction and len({model.config.run.seed for model in models}) > 1:  # what one held out another has trained on
+        config.data.dev_fraction, config.evaluate.split = 0.0, "test"
+    if dtype:
+        config = dataclasses.replace(config, output=dataclasses.replace(config.output, weight_dtype=dtype))
+    kept = config.output if config.output.weight_dtype != "auto" else dataclasses.replace(config.output, weight_dtype=_stored(places[0]))
+    step = step_of(places[0])
+    with new_run(config, folders[0], folders[0], models[0].order.fingerprint, step) as (folder, files):
+        files[ENCODER] = _write_encoder(folder / ENCODER, places)
+        files[OPTIMIZER] = write_tensors(folder / OPTIMIZER, {})
+        parts = sum(name.startswith("output") for name in read_page(places[0])["files"])
+        for part in range(parts):
+            name = rows_file(part, parts)
+            files[name] = _write_labels(folder / name, kept, models, part, parts)
+    with RunLog(new) as log:
+        log.event("average", step=step, checkpoints=[str(place) for place in places])
+    return folder
+
+
+def _place(model: ModelFiles) -> Path:
+    assert model.checkpoint is not None
+    return model.checkpoint
+
+
+def _check_alike(first: ModelFiles, other: ModelFiles) -> None:
+    """Raises ConfigError, which names what differs."""
+    for part, names in ALIKE.items():
+        for name in names:
+            a, b = (getattr(getattr(model.config, part), name) for model in (first, other))
+            if a != b:
+                raise ConfigError(f"{other.folder}: {part}.{name}={b}, in {first.folder} it is {a}; average runs that differ in their seed")
+    if first.order.fingerprint != other.order.fingerprint:
+        raise ConfigError(f"{other.folder}: has another label order than {first.folder}; average runs of the same prepared folder")
+
+
+def _write_encoder(path: Path, places: list[Path]) -> FileRecord:
+    """The mean of the encoders' float32 weights. Raises CheckpointError, and ConfigError for those that have none."""
+    for place in places:
+        verify_files(place, read_page(place), [ENCODER])
+    files = [safe_open(place / ENCODER, framework="pt") for place in places]
+    names = set(files[0].keys())
+    mean: dict[str, Tensor] = {}
+    for place, file in zip(places[1:], files[1:], strict=True):
+        if set(file.keys()) != names:
+            raise CheckpointError(f"{place / ENCODER}: holds other weights than {places[0] / ENCODER}; average runs of one encoder")
+    for name in sorted(names):
+        first, *others = (file.get_tensor(name) for file in files)
+        for place, other in zip(places[1:], others, strict=True):
+            _check_common(name, first, other, places[0], place)
+        mean[name] = torch.stack([first, *others]).double().mean(0).to(first.dtype)
+    return write_tensors(path, mean)
+
+
+def _check_common(name: str, first: Tensor, other: Tensor, place: Path, other_place: Path) -> None:
+    if first.shape != other.shape:
+        raise CheckpointError(f"{other_place / ENCODER}: {name} is {tuple(other.shape)}, in {place / ENCODER} {tuple(first.shape)}")
+    if first.ndim < 2 or first.numel() < NUMBERS:
+        return
+    cosine = float(torch.nn.functional.cosine_similarity(first.double().flatten(), other.double().flatten(), 0))
+    if not cosine >= COMMON:
+        raise ConfigError(
+            f"{other_place}: its {name} has nothing in common with that of {place} (cosine {cosine:.2f}), so there is no mean; "
+            "average runs that started from one pretrained encoder and differ in their seed"
+        )
+
+
+def _write_labels(path: Path, output: OutputConfig, models: list[ModelFiles], part: int, parts: int) -> FileRecord:
+    """A shard of the label rows, and where the settings have momentum one of zeros. Raises ConfigError for runs without a mean."""
+    first = models[0].labels("cpu", part, parts)
+    total = {name: tensor.float() for name, (tensor, _) in first.tensors().items()}
+    for model in models[1:]:
+        one = model.labels("cpu", part, parts)
+        if not torch.equal(one.tail.index, first.tail.index):
+            raise ConfigError(
+                f"{model.folder}: its groups read other features than those of {models[0].folder}, so the weights have no mean; "
+                "train the runs with output.start=centroids rewire.interval=0"
+            )
+        for name, (tensor, _) in one.tensors().items():
+            total[name] += tensor.float()
+    mean = Classifier(output, first.shard, first.width, first.seed, first.device, basis=models[0].order.basis)
+    for name, (tensor, _) in mean.tensors().items():
+        if name in total:  # momentum is not
+            tensor.copy_(total[name] / len(models))
+    mean.tail.index.copy_(first.tail.index)
+    found = mean.tensors()
+    return write_tensors(path, {name: tensor for name, (tensor, _) in found.items()}, {name: str(at) for name, (_, at) in found.items()})
+
+
+def _stored(place: Path) -> str:
+    """What a checkpoint keeps weights of labels in: a name of STORED."""
+    name = next(name for name in read_page(place)["files"] if name.startswith("output"))
+    with safe_open(place / name, framework="pt") as file:
+        dtype = file.get_slice("head.weight")[:0].dtype
+    return next(name for name, one in STORED.items() if one == dtype)

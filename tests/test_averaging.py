@@ -1,0 +1,259 @@
+"""``haste average``: a run whose weights are the mean of those of others, and what has no mean."""
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_centroids import LABELS, with_vectors
+from test_study import lines_of
+from tiny import final_tensors, haste, make_prepared, run_ranks, train_all
+
+from haste_dist.averaging import average_runs
+from haste_dist.config import Config, load_config, save_config
+from haste_dist.errors import ConfigError, HasteError
+from haste_dist.export import export
+from haste_dist.predictor import Predictor
+from haste_dist.runlog import read_events
+from haste_dist.scoring import evaluate_run
+from haste_dist.trials import read_result, read_study_page, trials_of
+from haste_dist.verify import verify
+from haste_dist.world import join_world
+from haste_launch import cli
+
+TEXTS = ["w0 w1 w14", "w7 w8 w9 w21", "w3"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A problem whose tail starts from centroids, with an encoder that has weights of its own."""
+    config, _ = with_vectors(tmp_path_factory.mktemp("problem"), "train.max_steps=8", "rewire.interval=0")
+    train_all(join_world("cpu"), [config])
+    exported = export(config.run.folder, Path(config.run.folder).parent / "exported", "last")
+    config.encoder.name = str(exported / "encoder")
+    return config
+
+
+def seeds_of(config: Config, folder: Path, seeds: int, *changes: Callable[[Config], None]) -> list[Config]:
+    """The config in run folders of their own, one a seed."""
+    found = []
+    for seed in range(seeds):
+        one = copy.deepcopy(config)
+        one.run.seed, one.run.folder = seed, f"{folder}/run-{seed}"
+        for change in changes:
+            change(one)
+        found.append(one)
+    return found
+
+
+def frozen(config: Config) -> None:
+    config.encoder.frozen = True
+
+
+def logits(run: str | Path) -> np.ndarray:
+    """(n, LABELS) of TEXTS, by label."""
+    found, values = Predictor(run).topk(TEXTS, k=LABELS)
+    by_label = np.empty_like(values)
+    np.put_along_axis(by_label, found, values, 1)
+    return by_label
+
+
+def test_weights_are_the_mean_and_the_run_is_whole(pretrained: Config, tmp_path: Path) -> None:
+    """The first run was trained on two ranks, the others on one."""
+    first, *others = configs = seeds_of(pretrained, tmp_path, 3)
+    run_ranks(2, train_all, [first])
+    train_all(join_world("cpu"), others)
+    new = tmp_path / "mean"
+    folder = average_runs(new, [config.run.folder for config in configs], "last")
+    runs, mean = [final_tensors(config.run.folder) for config in configs], final_tensors(str(new))
+    assert set(mean) == set(runs[0])
+    moved = 0
+    for name, tensor in mean.items():
+        if "momentum" in name:
+            assert not tensor.any(), name
+        elif name == "tail.index":
+            assert torch.equal(tensor, runs[0][name])
+        else:
+            exact = torch.stack([run[name].double() for run in runs]).mean(0)
+            torch.testing.assert_close(tensor.double(), exact, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+            moved += not torch.equal(tensor, runs[0][name])
+    assert moved > 5
+    verify(new)
+    assert len(list(folder.glob("output-*-of-00002.safetensors"))) == 2
+    config = load_config(new / "config.yaml")
+    assert evaluate_run(config, join_world("cpu"), "best")["rows"] == 48
+    (event,) = [event for event in read_events(new) if event["event"] == "average"]
+    assert [Path(one).parents[1].name for one in event["checkpoints"]] == ["run-0", "run-1", "run-2"]
+    exported = export(new, tmp_path / "exported")
+    np.testing.assert_array_equal(logits(new), logits(exported))
+    config.train.max_steps = 12  # and training goes on from it
+    train_all(join_world("cpu"), [config])
+    assert [event["step"] for event in read_events(new) if event["event"] == "step"] == [9, 10, 11, 12]
+
+
+def test_of_one_frozen_encoder_the_mean_answers_with_the_mean(pretrained: Config, tmp_path: Path) -> None:
+    """Then logits are linear in what is averaged."""
+    configs = seeds_of(pretrained, tmp_path, 2, frozen)
+    train_all(join_world("cpu"), configs)
+    average_runs(tmp_path / "mean", [config.run.folder for config in configs])
+    one, two = (logits(config.run.folder) for config in configs)
+    assert np.abs(one - two).max() > 0.01
+    np.testing.assert_allclose(logits(tmp_path / "mean"), (one + two) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
+def test_what_is_kept_is_the_nearest_value(dtype: str, pretrained: Config, tmp_path: Path) -> None:
+    configs = seeds_of(pretrained, tmp_path, 2, frozen)
+    train_all(join_world("cpu"), configs)
+    folders = [config.run.folder for config in configs]
+    average_runs(tmp_path / "exact", folders)
+    average_runs(tmp_path / "short", folders, dtype=dtype)
+    exact, short = final_tensors(str(tmp_path / "exact")), final_tensors(str(tmp_path / "short"))
+    held = {"bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}[dtype]
+    for name in ("head.weight", "tail.weight"):
+        assert short[name].dtype == held
+        assert torch.equal(short[name].float(), exact[name].to(held).float())
+    assert torch.equal(short["tail.bias"], exact["tail.bias"])
+    assert load_config(tmp_path / "short/config.yaml").output.weight_dtype == dtype
+    average_runs(tmp_path / "again", [tmp_path / "short", *folders])
+    average_runs(tmp_path / "after", [folders[0], tmp_path / "short"])
+    assert final_tensors(str(tmp_path / "again"))["tail.weight"].dtype == held  # as in the first
+    mean = (final_tensors(folders[0])["tail.weight"] + short["tail.weight"].float()) / 2
+    assert torch.equal(final_tensors(str(tmp_path / "after"))["tail.weight"], mean)
+
+
+def rewired(config: Config) -> None:
+    config.output.start, config.rewire.interval = "random", 3
+
+
+def pooled(config: Config) -> None:
+    config.encoder.pooling = "cls" if config.run.seed else "mean"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (rewired, "its groups read other features than those of .*; train the runs with output.start=centroids rewire.interval=0"),
+        (pooled, "run-1: encoder.pooling=cls, in .*run-0 it is mean"),
+    ],
+)
+def test_runs_without_a_mean_are_refused_and_nothing_is_left(
+    change: Callable[[Config], None], says: str, pretrained: Config, tmp_path: Path
+) -> None:
+    configs = seeds_of(pretrained, tmp_path, 2, change)
+    train_all(join_world("cpu"), configs)
+    with pytest.raises(ConfigError, match=says) as told:
+        average_runs(tmp_path / "mean", [config.run.folder for config in configs], "last")
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "mean").exists()
+
+
+def test_encoders_that_were_drawn_with_other_seeds_have_no_mean(tmp_path: Path) -> None:
+    configs = seeds_of(make_prepared(tmp_path, overrides=["train.max_steps=2", "rewire.interval=0"]), tmp_path, 2)
+    train_all(join_world("cpu"), configs)
+    runs = [config.run.folder for config in configs]
+    with pytest.raises(ConfigError, match=r"run-1/.*its model.embeddings.* has nothing in common with that of .*run-0"):
+        average_runs(tmp_path / "mean", runs)
+    other = make_prepared(tmp_path / "other", labels=90, overrides=["train.max_steps=2", "rewire.interval=0"])
+    train_all(join_world("cpu"), [other])
+    with pytest.raises(ConfigError, match="has another label order than"):
+        average_runs(tmp_path / "mean", [runs[0], other.run.folder])
+    assert not (tmp_path / "mean").exists()
+
+
+def test_a_dev_split_of_several_seeds_is_none(pretrained: Config, tmp_path: Path) -> None:
+    configs = seeds_of(pretrained, tmp_path, 2, frozen)
+    train_all(join_world("cpu"), configs)
+    for config in configs:  # as if each had held out texts of its own
+        page = Path(config.run.folder) / "config.yaml"
+        page.write_text(page.read_text().replace("dev_fraction: 0.0", "dev_fraction: 0.1").replace("split: test", "split: dev"))
+        (page.parent / "checksums.json").unlink()
+    average_runs(tmp_path / "mean", [config.run.folder for config in configs])
+    found = load_config(tmp_path / "mean/config.yaml")
+    assert (found.data.dev_fraction, found.evaluate.split) == (0.0, "test")
+
+
+def test_mistakes_are_one_line_and_cost_nothing(pretrained: Config, tmp_path: Path) -> None:
+    configs = seeds_of(pretrained, tmp_path, 2, frozen)
+    train_all(join_world("cpu"), configs)
+    one, two = (config.run.folder for config in configs)
+    exported = export(one, tmp_path / "exported")
+    new = str(tmp_path / "mean")
+    for runs, says in (
+        ([one], "two runs or more, each once"),
+        ([one, two, one], "two runs or more, each once"),
+        ([one, new], "two runs or more, each once"),
+        ([one, str(exported)], "exported: was exported; name the run that haste train wrote"),
+        ([one, str(tmp_path / "nowhere")], "nowhere: no run folder"),
+    ):
+        with pytest.raises(HasteError, match=says):
+            average_runs(new, runs)
+    done = haste("average", new, one, two)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{new}: the mean of 2 runs; haste evaluate {new} scores it\n"
+    before = final_tensors(new)
+    done = haste("average", new, one, two)
+    assert done.returncode == 2
+    assert re.fullmatch(r"haste: error: .*/mean: holds a run already \(step-00000008\); choose another folder\n", done.stderr)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in final_tensors(new).items())
+    (rows,) = (Path(two) / "checkpoints/step-00000008").glob("output-*")
+    rows.write_bytes(rows.read_bytes()[:-1] + b"\x7f")
+    done = haste("average", f"{new}-2", one, two)
+    assert done.returncode == 2
+    assert rows.name in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not Path(f"{new}-2").exists()
+    assert json.loads((Path(one) / "checkpoints/last.json").read_text())["step"] == 8
+
+
+def test_a_study_averages_seeds(pretrained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it says of them is what ``haste average`` and ``haste evaluate`` say."""
+    save_config(pretrained, tmp_path / "config.yaml")
+    file, out, records = tmp_path / "study.yaml", tmp_path / "study", tmp_path / "records"
+    file.write_text(f"config: {tmp_path}/config.yaml\nseeds: [2, 3]\naverage: 2\ncases: {{plain: []}}\n")
+    words = ["study", str(file), "--out", str(out), "--no-plot", "--records", str(records), "--side-by-side", "2"]
+    assert cli.main(words) == 0, (capsys.readouterr(), *(log.read_text() for log in out.rglob("output.log")))
+    study = read_study_page(file)
+    trials = {trial.folder.name: trial for trial in trials_of(study, out, [])}
+    assert list(trials) == ["plain-2", "plain-3", "plain-average-2"]
+    results = {name: read_result(trial) or {} for name, trial in trials.items()}
+    assert all(results.values())
+    assert not list(out.rglob("*.safetensors"))  # of checkpoints
+    configs = seeds_of(load_config(out / "runs/plain-2/config.yaml"), tmp_path, 4)[2:]  # its label order is the study's own
+    train_all(join_world("cpu"), configs)
+    average_runs(tmp_path / "mean", [config.run.folder for config in configs], "last")
+    expected = evaluate_run(load_config(tmp_path / "mean/config.yaml"), join_world("cpu"), "last")
+    found = results["plain-average-2"]
+    assert {name: found[name] for name in expected if "@" in name} == {name: expected[name] for name in expected if "@" in name}
+    assert found["step"] == results["plain-2"]["step"] + results["plain-3"]["step"] == 16
+    assert found["output_bytes"] == results["plain-2"]["output_bytes"]
+    report = (out / "report.md").read_text()
+    assert "| plain-average | 1 | " in report
+    assert "CASE-average is the mean of the weights of 2 seeds each" in report
+    (line,) = [line for line in lines_of(records) if (line["case"], line["seed"]) == ("plain-average", 2)]
+    assert line["note"].startswith("haste study, mean of the weights of seeds 2, 3;")
+    assert line["shape"] == {"L": LABELS, "N": 16, "D": 32, "F": 8, "G": 16, "W": 1}
+
+    # A mean that is missing needs its runs' weights, which are made again; and it waits in vain for a run that fails.
+    capsys.readouterr()
+    shutil.rmtree(trials["plain-average-2"].folder)
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if "trained again" in line] == [
+        f"plain-{seed}: its weights are gone, so it is trained again" for seed in (2, 3)
+    ]
+    again = read_result(trials["plain-average-2"]) or {}
+    assert {name: again[name] for name in expected if "@" in name} == {name: found[name] for name in expected if "@" in name}
+    for name in ("plain-average-2", "plain-3"):
+        shutil.rmtree(trials[name].folder)
+    (Path(pretrained.encoder.name) / "model.safetensors").rename(tmp_path / "away")
+    try:
+        assert cli.main(words) == 2
+    finally:
+        (tmp_path / "away").rename(Path(pretrained.encoder.name) / "model.safetensors")
+    assert "3 of 3 runs failed" in capsys.readouterr().err
