@@ -2,19 +2,17 @@
 
 A group reads the features in which its labels' embeddings, seen from the mean of all labels, are largest (in the mean square, so that most
 of them is kept), and each label's weights start as its own embedding there, of length ``init_scale``: before its first training text, a
-label already answers to texts like its own. With ``output.basis=labels`` the features are those of that basis, or of its part's.
+label already answers to texts like its own. With ``output.basis=labels`` the features are those of that basis.
 
 Letters: L labels, D embedding width (of the slice that the tail reads), T groups, G labels of a group, F fan-in.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from haste_dist.basis import label_mean, part_of
+from haste_dist.basis import label_mean
 from haste_dist.classifier import Classifier
 from haste_dist.errors import DataError
 from haste_dist.label_groups import VECTORS_FILE
@@ -36,31 +34,21 @@ def start_from_centroids(classifier: Classifier, prepared: Prepared) -> None:
     vectors_LD = _vectors(prepared.folder)
     mean_D = torch.from_numpy(label_mean(vectors_LD)[span.start : span.stop])
     size, fan_in = shard.group_size, classifier.config.fan_in
-    bases = classifier.config.bases
-    parts = [None] if classifier.basis is None else classifier.basis.cpu().chunk(bases, dim=1)
-    part_T = part_of(shard.group_start + np.arange(shard.groups), shard.all_groups, bases)
-    for start, stop in _ranges(part_T):
+    basis_DD = None if classifier.basis is None else classifier.basis.cpu()
+    for start in range(0, shard.groups, CHUNK):
+        stop = min(start + CHUNK, shard.groups)
         rows = shard.tail_start + np.arange(start * size, stop * size)
         labels = prepared.order.label_of_row[rows]
         v_RD = torch.from_numpy(vectors_LD[np.maximum(labels, 0), span.start : span.stop].astype(np.float32)) - mean_D
         v_RD[torch.from_numpy(labels < 0)] = 0
-        part = int(part_T[start])
-        basis_DM = parts[part]
-        v_TGD = (v_RD if basis_DM is None else v_RD @ basis_DM).view(stop - start, size, -1)
+        v_TGD = (v_RD if basis_DD is None else v_RD @ basis_DD).view(stop - start, size, -1)
         # A stable sort: topk leaves open which of equal features it takes.
         order = v_TGD.square().sum(1).sort(dim=1, descending=True, stable=True).indices
         index_TF = order[:, :fan_in].sort(dim=1).values
         w_TGF = v_TGD.gather(2, index_TF[:, None].expand(-1, size, -1))
         w_TGF = classifier.config.init_scale * torch.nn.functional.normalize(w_TGF, dim=2)
-        tail.index[start:stop] = (index_TF + part * v_TGD.shape[2]).to(tail.index)
+        tail.index[start:stop] = index_TF.to(tail.index)
         tail.weight[start:stop] = w_TGF.to(tail.weight)
-
-
-def _ranges(part_T: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ranges of at most CHUNK groups of one part each."""
-    edges = [0, *(np.flatnonzero(np.diff(part_T)) + 1).tolist(), len(part_T)]
-    for first, last in pairwise(edges):
-        yield from ((start, min(start + CHUNK, last)) for start in range(first, last, CHUNK))
 
 
 def _vectors(folder: Path) -> np.ndarray:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from haste_dist.basis import side_by_side
 from haste_dist.config import EncoderConfig, OutputConfig, check_fan_in
 from haste_dist.errors import ConfigError
 from haste_dist.meters import stage
@@ -65,7 +64,7 @@ class Classifier:
     ):
         """``width``: D of the encoder. Initial values are keyed by global row, so that they do not depend on the sharding.
 
-        ``basis`` (K, D, M): what the tail's input is turned by, with ``output.basis=labels`` and only then. Raises ConfigError.
+        ``basis``: what the tail's input is turned by, with ``output.basis=labels`` and only then (basis.py). Raises ConfigError.
         """
         self.config, self.shard, self.seed, self.device = config, shard, seed, device
         self.width, self.steps = width, steps
@@ -73,9 +72,8 @@ class Classifier:
         self.tail_slice = feature_slice(config.tail_features, width)
         for name, part in (("head_features", self.head_slice), ("tail_features", self.tail_slice)):
             check_slice(name, part, width)
-        check_fan_in(config.fan_in, part_width(config, width))
-        self.basis = None if config.basis == "embedding" else side_by_side(check_basis(basis, config, width)).to(device)
-        self.tail_width = tail_width(config, width)
+        check_fan_in(config.fan_in, self.tail_slice.width)
+        self.basis = None if config.basis == "embedding" else check_basis(basis, self.tail_slice.width).to(device)
         weight_dtype, momentum_dtype = stored_dtypes(config, device.type == "cuda")
         self.head = self._make_head(weight_dtype, momentum_dtype)
         self.tail = self._make_tail(weight_dtype, momentum_dtype)
@@ -151,7 +149,7 @@ class Classifier:
         return {name: (tensor, start) for name, (tensor, start) in found.items() if tensor is not None}
 
     def bytes(self) -> int:
-        """Memory of weights, momentum, biases, indices and bases on this rank."""
+        """Memory of weights, momentum, biases, indices and basis on this rank."""
         return sum(t.nbytes for t, _ in self.tensors().values()) + (0 if self.basis is None else self.basis.nbytes)
 
     def _make_head(self, weight_dtype: torch.dtype, momentum_dtype: torch.dtype) -> HeadState:
@@ -168,8 +166,8 @@ class Classifier:
         rows = shard.groups * shard.group_size
         weight = uniform(shard.tail_start, rows, fan_in, bound, self.seed, TAIL_WEIGHT, self.device, weight_dtype)
         weight = weight.view(shard.groups, shard.group_size, fan_in)
-        index = random_features(shard.group_start, shard.groups, self.tail_width, fan_in, self.seed, self.device)
-        index = index.to(torch.int16 if self.tail_width <= INT16_WIDTH else torch.int32)
+        index = random_features(shard.group_start, shard.groups, self.tail_slice.width, fan_in, self.seed, self.device)
+        index = index.to(torch.int16 if self.tail_slice.width <= INT16_WIDTH else torch.int32)
         momentum, bias, bias_momentum = self._companions(weight, momentum_dtype)
         return TailState(weight, index, momentum, bias, bias_momentum, shard.tail_start, shard.tail_rows, shard.group_start)
 
@@ -222,30 +220,18 @@ def feature_slice(span: list[int], width: int) -> Slice:
     return Slice(*(span or (0, width)))
 
 
-def part_width(config: OutputConfig, width: int) -> int:
-    """How many features a group can choose from: the tail's slice of the embedding, or the directions of its part of a basis."""
-    return config.directions or feature_slice(config.tail_features, width).width
-
-
-def tail_width(config: OutputConfig, width: int) -> int:
-    """How many features the tail's kernels see: the directions of all bases."""
-    return config.bases * part_width(config, width)
-
-
 def check_slice(name: str, part: Slice, width: int) -> None:
     """A slice must lie inside the embedding. Raises ConfigError."""
     if part.stop > width:
         raise ConfigError(f"output.{name}=[{part.start}, {part.stop}]: the embedding has only {width} features")
 
 
-def check_basis(basis: Tensor | None, config: OutputConfig, width: int) -> Tensor:
-    """(K, D, M): that of a tail behind an embedding of ``width`` features. Raises ConfigError."""
-    wanted = (config.bases, feature_slice(config.tail_features, width).width, part_width(config, width))
-    if basis is None or basis.shape != wanted:
+def check_basis(basis: Tensor | None, width: int) -> Tensor:
+    """The basis of a tail that reads ``width`` features. Raises ConfigError."""
+    if basis is None or basis.shape != (width, width):
         found = "nothing" if basis is None else " x ".join(map(str, basis.shape))
         raise ConfigError(
-            f"output.basis=labels: prepared is {found}, these settings ask for {' x '.join(map(str, wanted))} "
-            "(bases x features x directions); run haste prepare with them"
+            f"output.basis=labels: prepared is {found}, these settings ask for {width} x {width}; run haste prepare with them"
         )
     return basis
 

@@ -149,12 +149,6 @@ class OutputConfig:
         "what the tail reads features of: the embedding as it is, or turned to the principal directions of the label embeddings",
         choices=("embedding", "labels"),
     )
-    bases: int = setting(
-        1, "parts of the tail, of neighbouring groups, that have principal directions of their own (basis=labels)", low=1, high=4096
-    )
-    directions: int = setting(
-        0, "how many directions of each basis are kept, of which a group reads fan_in (basis=labels; 0: all)", low=0, high=8192
-    )
     lr: float = setting(0.05, "peak learning rate of SGD, for the chosen reduction", low=0.0)
     tail_lr: float | None = setting(None, "that of the tail, whose labels read fewer features; null: the same", low=0.0)
     momentum: float = setting(0.9, "SGD momentum (0: none is stored)", low=0.0, high=0.9999)
@@ -306,15 +300,6 @@ def check(config: Config) -> None:
         raise ConfigError(f"output.{asks}: label embeddings must be the encoder's; set groups.features=encoder, groups.encoder=")
     if asks and config.encoder.project:
         raise ConfigError(f"output.{asks}: label embeddings are not projected; set encoder.project=0, or that setting back")
-    output = config.output
-    if (output.bases, output.directions) != (1, 0) and output.basis != "labels":
-        raise ConfigError(
-            f"output.bases={output.bases} output.directions={output.directions}: of a basis of labels; set output.basis=labels"
-        )
-    if output.bases > 1 and (output.start != "centroids" or config.rewire.interval):
-        raise ConfigError(f"output.bases={output.bases}: groups keep to their part's; set output.start=centroids rewire.interval=0")
-    if output.directions:
-        check_fan_in(output.fan_in, output.directions)
     if config.output.tail_features:
         check_fan_in(config.output.fan_in, config.output.tail_features[1] - config.output.tail_features[0])
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haste_dist.basis import side_by_side
 from haste_dist.encoder import Encoder
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.label_groups import LabelOrder
@@ -31,13 +30,10 @@ def dense_layer(tensors: dict[str, Tensor], page: dict[str, Any], order: LabelOr
     weight_RD[:head, slice(*page["head_features"])] = tensors["head.weight"].float()
     tail_RF = tensors["tail.weight"].float().flatten(0, 1)
     features_RF = tensors["tail.index"].long().repeat_interleave(page["group_size"], 0)
-    read_RD = weight_RD[head:, slice(*page["tail_features"])]
-    if order.basis is None or page["basis"] != "labels":
-        read_RD.scatter_(1, features_RF, tail_RF)
-    else:
-        basis = side_by_side(order.basis)
-        for part_RD, index_RF, values_RF in zip(*(rows.split(ROWS) for rows in (read_RD, features_RF, tail_RF)), strict=True):
-            part_RD.copy_(torch.zeros(len(part_RD), basis.shape[1]).scatter_(1, index_RF, values_RF) @ basis.T)
+    read_RD = weight_RD[head:, slice(*page["tail_features"])].scatter_(1, features_RF, tail_RF)
+    if order.basis is not None and page["basis"] == "labels":
+        for rows_RD in read_RD.split(ROWS):
+            rows_RD.copy_(rows_RD @ order.basis.T)
     bias_R = torch.zeros(len(weight_RD))
     if "tail.bias" in tensors:
         bias_R = torch.cat([tensors["head.bias"].float(), tensors["tail.bias"].float().flatten()])

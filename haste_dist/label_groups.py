@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from haste_dist.basis import BASIS_FILE, make_basis, read_basis, write_basis
+from haste_dist.basis import BASIS_FILE, principal_basis, read_basis, write_basis
 from haste_dist.bisection import group_cohesion
 from haste_dist.config import Config
 from haste_dist.errors import DataError
@@ -232,8 +232,7 @@ def make_label_order(
             np.save(file, vectors, allow_pickle=False)
     if config.output.basis == "labels":
         span = slice(*config.output.tail_features) if config.output.tail_features else slice(None)
-        tail = order.label_of_row[order.head_rows :].reshape(order.groups, order.group_size)
-        order = dataclasses.replace(order, basis=make_basis(vectors[:, span], tail, config.output.bases, config.output.directions))
+        order = dataclasses.replace(order, basis=principal_basis(vectors[:, span]))
     about = {
         **settings,
         "labels_with_text": made.with_text if made else None,
@@ -295,10 +294,7 @@ def has_label_vectors(config: Config, folder: Path) -> bool:
     """Whether a prepared folder keeps what the start of the tail and its basis are made of, as far as the config asks for them."""
     output = config.output
     there = output.start != "centroids" or (folder / VECTORS_FILE).is_file()
-    if output.basis != "labels":
-        return there
-    basis = read_basis(folder)
-    return there and basis is not None and (len(basis), basis.shape[2]) == (output.bases, output.directions or basis.shape[1])
+    return there and (output.basis != "labels" or (folder / BASIS_FILE).is_file())
 
 
 def load_label_order(prepared: str | Path) -> LabelOrder:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from haste_dist import __version__
-from haste_dist.classifier import Classifier, feature_slice, part_width
+from haste_dist.classifier import Classifier, feature_slice
 from haste_dist.collectives import barrier
 from haste_dist.config import Config
 from haste_dist.devices import known_device
@@ -132,7 +132,7 @@ class Bench:
             if plan.step_peak > room(gib):
                 return {**row, "note": f"does not fit: {plan.step_peak / GIB:.1f} GiB planned of {gib:.1f}"}
         classifier, started = self._classifier(config, point, head_rows, law)
-        row |= {"head_width": classifier.head_slice.width, "tail_width": classifier.tail_width, "steps": effort.steps}
+        row |= {"head_width": classifier.head_slice.width, "tail_width": classifier.tail_slice.width, "steps": effort.steps}
         batches = [self._batch(config, point, head_rows, vocabulary, law, i) for i in range(BATCHES)]
         done = 0
 
@@ -184,8 +184,7 @@ class Bench:
         shard = label_shard(head_rows, groups, point.group, point.labels, world.size, world.rank)
         _forget_peak(world.device)
         width = self.encoder.width
-        identity = torch.eye(feature_slice(output.tail_features, width).width)  # made-up labels have no basis of their own
-        basis = identity[:, : part_width(output, width)].expand(output.bases, -1, -1)
+        basis = torch.eye(feature_slice(output.tail_features, width).width)  # made-up labels have none of their own
         made = Classifier(output, shard, width, config.run.seed, world.device, basis=basis)
         most = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else made.bytes()
         return made, _most(most, world)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from haste_dist.classifier import INT16_WIDTH, feature_slice, stored_dtypes, tail_width
+from haste_dist.classifier import INT16_WIDTH, feature_slice, stored_dtypes
 from haste_dist.config import Config
 from haste_dist.dry_run import EncoderNeeds, dry_run
 from haste_dist.graphs import MOST_TOKENS
@@ -85,9 +85,8 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     s = config.data.max_length
     needs = known.of_rows(b) if known else dry_run(config.encoder, facts.vocabulary, facts.pad_id, b, s, x_dtype)
     d, x_bytes = needs.width, x_dtype.itemsize
-    head_width, slice_width = feature_slice(output.head_features, d).width, feature_slice(output.tail_features, d).width
+    head_width, tail_width = feature_slice(output.head_features, d).width, feature_slice(output.tail_features, d).width
     turned = output.basis == "labels"
-    reads = tail_width(output, d)
     h, t = shard_sizes(facts.labels, output.head_fraction, output.group_size, parts)
     weight, momentum = (dtype.itemsize for dtype in stored_dtypes(output, cuda))
     momentum = momentum if output.momentum else 0
@@ -97,8 +96,8 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         "output weights": weights * weight,
         "output momentum": weights * momentum,
         "output biases": biases * (2 if momentum else 1),
-        "tail indices": t * output.fan_in * (2 if reads <= INT16_WIDTH else 4),
-        "basis": 4 * slice_width * reads * turned,
+        "tail indices": t * output.fan_in * (2 if tail_width <= INT16_WIDTH else 4),
+        "basis": 4 * tail_width**2 * turned,
         "encoder weights": needs.parameters * x_bytes,
         **_optimizer_state(config, needs, x_bytes, facts.ranks),
     }
@@ -106,18 +105,18 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         "batch": b * s * 16 + (b + n) * facts.most_labels * 8,
         "embeddings and their gradient": n * d * (x_bytes + 4) + b * d * (x_bytes + 16),
     }
-    dropped = max(head_width * bool(output.head_dropout), slice_width * bool(output.tail_dropout))
+    dropped = max(head_width * bool(output.head_dropout), tail_width * bool(output.tail_dropout))
     masked = {"dropout of the head's or tail's input": (2 * n * (x_bytes + 2) + (whole - n) * x_bytes) * dropped}
     rows, groups = h, t
     summed = update = 0
     if parts < facts.ranks:  # replicas.py takes the layer by chunks, two of whose gradients there are at once
         rows, groups = min(h, max(1, ELEMENTS // head_width)), min(t, max(1, ELEMENTS // (output.group_size * output.fan_in)))
         chunk = max(rows * head_width, groups * output.group_size * output.fan_in)
-        summed = 4 * chunk * (1 if (rows, groups) == (h, t) else 2) + 4 * n * max(head_width, reads)
+        summed = 4 * chunk * (1 if (rows, groups) == (h, t) else 2) + 4 * n * max(head_width, tail_width)
         update = ROUNDING * chunk if {1, HALF} & {weight, momentum} else 0
     head_work = _head_workspace(cuda, n, rows, head_width, weight, x_bytes)
-    in_basis = n * (x_bytes * reads + 4 * slice_width) * turned  # what the tail reads, and its gradient turned back
-    work = max(head_work, in_basis + _tail_workspace(config, cuda, n, groups, reads, weight, x_bytes), update)
+    in_basis = n * (x_bytes + 4) * tail_width * turned  # what the tail reads, and its gradient turned back
+    work = max(head_work, in_basis + _tail_workspace(config, cuda, n, groups, tail_width, weight, x_bytes), update)
     joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
     forward, between, backward = needs.forward, needs.kept, needs.backward
     if cuda and needs.replays and b * s <= MOST_TOKENS:  # recorded passes keep their activations' memory, and a gradient
@@ -128,8 +127,8 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         "output layer": {**batch, **masked, "activations": between, "kernel workspace": work + 32 * n * facts.most_labels},
         "encoder backward": {**batch, "activations": backward, "flat gradient": joined},
         "optimizer": {**batch, "gradients": gradients, "update": stepping},
-        "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size, reads * turned),
-        "making the initial weights": {"random numbers": min(1 << 28, 16 * weights) + min(PLAIN_BYTES[facts.device], 64 * t * reads)},
+        "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size, tail_width * turned),
+        "making the initial weights": {"random numbers": min(1 << 28, 16 * weights) + min(PLAIN_BYTES[facts.device], 64 * t * tail_width)},
     }
     if summed:
         phases["output layer"]["gradients summed over replicas"] = summed
@@ -137,10 +136,10 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         for name in ("encoder forward", "output layer"):
             phases[name]["gradients"] = gradients
     if config.rewire.interval:
-        each = 64 * reads + output.fan_in * (16 * output.group_size + 32)  # a group's random keys, scores and moved weights
+        each = 64 * tail_width + output.fan_in * (16 * output.group_size + 32)  # a group's random keys, scores and moved weights
         phases["rewiring"] = {"scores, keys and moved weights of some groups": min(PLAIN_BYTES[facts.device], each * t)}
         if config.rewire.grow == "gradient":
-            kept = {"kept batches": config.rewire.batches * whole * (reads * x_bytes + facts.most_labels * 8)}
+            kept = {"kept batches": config.rewire.batches * whole * (tail_width * x_bytes + facts.most_labels * 8)}
             phases = {name: {**phase, **kept} for name, phase in phases.items()}
     return MemoryPlan(held, phases, needs)
 

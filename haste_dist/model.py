@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from haste_dist.classifier import KERNELS, Classifier, check_slice, embedding_width, feature_slice, part_width
+from haste_dist.classifier import KERNELS, Classifier, check_slice, embedding_width, feature_slice
 from haste_dist.config import ENCODER_FOLDER, Config, check_fan_in, save_config
 from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, model_config, tokenizer_fingerprint
 from haste_dist.engine import EncoderEngine
@@ -65,9 +65,7 @@ def check_features(config: Config, manifest: Manifest) -> int:
     width = embedding_width(config.encoder, width)
     for name in ("head_features", "tail_features"):
         check_slice(name, feature_slice(getattr(config.output, name), width), width)
-    if config.output.directions > feature_slice(config.output.tail_features, width).width:
-        raise ConfigError(f"output.directions={config.output.directions}: a basis has no more than the tail reads features; lower it")
-    check_fan_in(config.output.fan_in, part_width(config.output, width))
+    check_fan_in(config.output.fan_in, feature_slice(config.output.tail_features, width).width)
     return width
 
 

@@ -41,7 +41,7 @@ def rewire(classifier: Classifier, config: RewireConfig, fraction: float, step: 
     total = classifier.shard.all_groups * tail.weight.shape[2]
     prune = weakest(tail, config, fraction, total, world.shards)
     wanted = gradients(classifier, config.batches, world.copies) if config.grow == "gradient" and len(tail.weight) else None
-    replaced = prune_and_regrow(tail, prune, classifier.tail_width, classifier.seed, step, wanted)
+    replaced = prune_and_regrow(tail, prune, classifier.tail_slice.width, classifier.seed, step, wanted)
     classifier.kept.clear()
     replaced = int(sum_over_ranks(torch.tensor([replaced], device=tail.weight.device), world.shards))
     return Rewired(replaced, total, fraction)
@@ -77,7 +77,7 @@ def gradients(classifier: Classifier, batches: int, copies: Ranks = ALONE) -> Fe
         raise ValueError("grow=gradient: no batch was kept before this rewiring")
 
     def scores(first: int, last: int) -> Tensor:
-        total = torch.zeros(last - first, classifier.tail_width, device=tail.weight.device)
+        total = torch.zeros(last - first, classifier.tail_slice.width, device=tail.weight.device)
         for x_ND, positives in kept[copies.rank :: copies.size]:
             total += gradient_scores(x_ND, positives, tail, classifier.config.loss, first, last)  # type: ignore[arg-type]
         return sum_over_ranks(total, copies)

@@ -16,7 +16,7 @@ from haste_dist.augmentation import check_label_texts
 from haste_dist.centroids import check_centroids, start_from_centroids
 from haste_dist.checkpoint import RunState
 from haste_dist.checkpoint_store import CheckpointStore
-from haste_dist.classifier import check_basis
+from haste_dist.classifier import check_basis, feature_slice
 from haste_dist.collectives import StopVote, barrier
 from haste_dist.config import Config, TrainConfig
 from haste_dist.determinism import make_deterministic
@@ -100,7 +100,7 @@ def check_run(config: Config) -> Prepared:
     prepared = open_prepared(config)
     width = check_features(config, prepared.manifest)
     if config.output.basis == "labels":
-        check_basis(prepared.order.basis, config.output, width)
+        check_basis(prepared.order.basis, feature_slice(config.output.tail_features, width).width)
     check_held_out(config, prepared.folder / GROUPS_FILE)
     if config.data.label_texts:
         check_label_texts(prepared.folder, prepared.manifest)

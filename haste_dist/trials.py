@@ -177,10 +177,7 @@ def with_label_order(config: Config, out: Path, seed: int, known: "dict[str, Lab
     elif _will_do(config, source):
         return _prepared(config, source)
     manifest = read_manifest(source)
-    asked = [manifest.fingerprint, _head(config, manifest.labels), seed, dataclasses.asdict(config.groups)]
-    if (config.output.bases, config.output.directions) != (1, 0):  # cases with other bases have other files
-        asked += [config.output.bases, config.output.directions]
-    key = json.dumps(asked, sort_keys=True)
+    key = json.dumps([manifest.fingerprint, _head(config, manifest.labels), seed, dataclasses.asdict(config.groups)], sort_keys=True)
     folder = out / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:12]
     if not label_order_is_current(asking, folder, manifest):
         from haste_dist.label_groups import make_label_order

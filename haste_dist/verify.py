@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from haste_dist import augmentation
 from haste_dist.basis import BASIS_FILE
 from haste_dist.checkpoint import ENCODER, OPTIMIZER, PAGE, STEP_NAME, complete, pointed, read_page, step_of, verify_files
-from haste_dist.classifier import embedding_width, tail_width
+from haste_dist.classifier import embedding_width, feature_slice
 from haste_dist.config import ENCODER_FOLDER, load_config
 from haste_dist.errors import DataError, HasteError
 from haste_dist.label_groups import GROUPS_FILE, LABELS_FILE, ORDER_SCHEMA, LabelOrder, load_label_order
@@ -198,7 +198,7 @@ def run_tail_width(run: Path) -> int:
     """How many features the tail of a run reads; from its files, which must be whole."""
     page = json.loads((run / ENCODER_FOLDER / "config.json").read_text(encoding="utf-8"))
     config = load_config(run / CONFIG)
-    return tail_width(config.output, embedding_width(config.encoder, int(page["hidden_size"])))
+    return feature_slice(config.output.tail_features, embedding_width(config.encoder, int(page["hidden_size"]))).width
 
 
 def _check_tensors(folder: Path, page: dict[str, Any], order: LabelOrder | None, width: int | None) -> None:

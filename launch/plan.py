@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from haste_dist.augmentation import SPLIT as LABEL_TEXTS_SPLIT
-from haste_dist.classifier import feature_slice, stored_dtypes, tail_width
+from haste_dist.classifier import feature_slice, stored_dtypes
 from haste_dist.config import Config
 from haste_dist.cost_model import CostModel, Load, Network, kept_path, load_model, load_of
 from haste_dist.devices import SHORT, known_device
@@ -106,7 +106,7 @@ def load_of_run(config: Config, facts: Facts, made: MemoryPlan, tokens: int) -> 
         width=width,
         head_rows=head_size(facts.labels, output.head_fraction, output.group_size),
         head_width=feature_slice(output.head_features, width).width,
-        tail_width=tail_width(output, width),
+        tail_width=feature_slice(output.tail_features, width).width,
         fan_in=output.fan_in,
         group=output.group_size,
         weight_bytes=weight,

@@ -15,7 +15,7 @@ from test_extension import grow, grown_config, scores, without_ray
 from tiny import check_resumed_and_shared, final_tensors, read_losses, train_all
 
 from haste_dist import basis, label_embeddings
-from haste_dist.basis import BASIS_FILE, part_bases, part_of, principal_basis, read_basis, side_by_side, write_basis
+from haste_dist.basis import BASIS_FILE, principal_basis, read_basis, write_basis
 from haste_dist.centroids import start_from_centroids
 from haste_dist.config import Config, load_config
 from haste_dist.errors import ConfigError, DataError, HasteError
@@ -28,18 +28,16 @@ from haste_dist.predictor import Predictor
 from haste_dist.sealed import seal_data
 from haste_dist.sharding import all_rows
 from haste_dist.train import check_run
-from haste_dist.trials import with_label_order
 from haste_dist.verify import verify
 from haste_dist.world import join_world
 
 TEXTS = ["w0 w1 w14", "w7 w8 w9 w21", "w3"]
 
 
-def with_basis(folder: Path, *more: str, bases: int = 1) -> Config:
-    """A problem whose prepared folder holds embeddings of its labels and their basis, or several of ten directions each."""
-    config, vectors = with_vectors(folder, *more, *(["rewire.interval=0"] if bases > 1 else []))
-    config.output.basis, config.output.bases = "labels", bases
-    config.output.directions = 10 if bases > 1 else 0
+def with_basis(folder: Path, *more: str) -> Config:
+    """A problem whose prepared folder holds embeddings of its labels and their basis."""
+    config, vectors = with_vectors(folder, *more)
+    config.output.basis = "labels"
     make_order(config, vectors)
     return config
 
@@ -76,56 +74,38 @@ def test_many_labels_are_looked_at_in_pieces_and_at_even_distances(monkeypatch: 
     torch.testing.assert_close(principal_basis(vectors), principal_basis(vectors[::4]))
 
 
-@given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 2**32 - 1))
-def test_each_part_has_the_directions_in_which_its_labels_are_longest(labels: int, more: int, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    vectors = (random.standard_normal((labels + more, 9)) * random.uniform(0.1, 3, 9) + random.standard_normal(9)).astype(np.float16)
-    parts = np.split(random.permutation(labels + more), [labels])
-    found = part_bases(vectors, parts, 4).double().numpy()
-    assert found.shape == (2, 9, 4)
-    centred = vectors.astype(np.float64) - vectors.astype(np.float64).mean(0)
-    for part, basis_DM in zip(parts, found, strict=True):
-        np.testing.assert_allclose(basis_DM.T @ basis_DM, np.eye(4), atol=1e-5)
-        held = np.square(centred[part] @ basis_DM).sum(0)
-        best = np.linalg.eigvalsh(centred[part].T @ centred[part])[::-1][:4]
-        np.testing.assert_allclose(held, best, atol=1e-4 * max(1.0, best[0]))
+def test_a_file_may_have_a_dimension_of_one_more(tmp_path: Path) -> None:
+    config = with_basis(tmp_path)
+    prepared = Path(config.data.prepared)
+    order = load_label_order(prepared)
+    assert order.basis is not None
+    write_basis(prepared, order.basis[None])
+    found = load_label_order(prepared)
+    assert found.basis is not None
+    assert torch.equal(found.basis, order.basis)
+    assert found.fingerprint == order.fingerprint
+    manifest = open_prepared(config).manifest
+    assert label_order_is_current(config, prepared, manifest)
+    for shape in ((3, WIDTH, 10), (1, WIDTH, 10)):
+        write_basis(prepared, torch.zeros(shape))
+        with pytest.raises(DataError, match=rf"{BASIS_FILE}: damaged .*run haste prepare again"):
+            check_run(config)
+        assert not label_order_is_current(config, prepared, manifest)
 
 
-def test_a_basis_from_before_there_were_several_is_one_of_them(tmp_path: Path) -> None:
-    write_basis(tmp_path, torch.eye(3))
-    found = read_basis(tmp_path)
-    assert found is not None
-    assert torch.equal(found, torch.eye(3)[None])
-    bases = torch.arange(12.0).view(2, 3, 2)
-    x_ND = torch.randn(4, 3)
-    torch.testing.assert_close(x_ND @ side_by_side(bases), torch.cat([x_ND @ bases[0], x_ND @ bases[1]], dim=1))
-
-
-@given(st.integers(1, 200), st.integers(1, 50))
-def test_parts_are_near_equal_ranges(groups: int, bases: int) -> None:
-    part = part_of(np.arange(groups), groups, bases)
-    assert (np.diff(part) >= 0).all()
-    assert part[0] == 0
-    assert part[-1] <= bases - 1
-    sizes = np.bincount(part, minlength=bases)
-    assert sizes.max() - sizes.min() <= 1
-
-
-@pytest.mark.parametrize("bases", [1, 3])
-def test_a_tail_in_a_basis_is_a_dense_layer_turned(tmp_path: Path, bases: int) -> None:
+def test_a_tail_in_a_basis_is_a_dense_layer_turned(tmp_path: Path) -> None:
     """Scores, gradient and weights after a step, beside those of the definition in float64; dropout comes before the basis."""
-    words = ("output.head_fraction=0", "output.tail_dropout=0.5", "output.momentum=0", "output.weight_decay=0")
-    config = with_basis(tmp_path, *words, bases=bases)
+    config = with_basis(tmp_path, "output.head_fraction=0", "output.tail_dropout=0.5", "output.momentum=0", "output.weight_decay=0")
     prepared = open_prepared(config)
-    assert prepared.order.basis is not None
-    turn = side_by_side(prepared.order.basis)
+    turn = prepared.order.basis
+    assert turn is not None
     layer = make_classifier(config, prepared.order, WIDTH, join_world("cpu"))
     start_from_centroids(layer, prepared)
     x_ND, rows_NM = torch.randn(6, WIDTH), torch.tensor([[3, 50], [0, -1], [7, 8], [99, 3], [20, -1], [64, 65]])
 
     def dense() -> torch.Tensor:
         index = layer.tail.index.long().repeat_interleave(16, 0)
-        weight = torch.zeros(len(index), turn.shape[1], dtype=torch.float64).scatter_(1, index, layer.tail.weight.double().flatten(0, 1))
+        weight = torch.zeros(len(index), WIDTH, dtype=torch.float64).scatter_(1, index, layer.tail.weight.double().flatten(0, 1))
         return weight @ turn.double().T
 
     bias = layer.tail.bias
@@ -158,42 +138,6 @@ def test_a_tail_in_a_basis_is_a_dense_layer_turned(tmp_path: Path, bases: int) -
     torch.testing.assert_close(layer.kept[0][0].double(), (x_ND * mask).double() @ turn.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_groups_keep_to_the_directions_of_their_part(tmp_path: Path) -> None:
-    """They hold more of their labels there than in one basis, whatever the number of ranks."""
-    kept = {}
-    for bases in (1, 3):
-        config = with_basis(tmp_path / str(bases), "output.head_fraction=0", bases=bases)
-        prepared = open_prepared(config)
-        layer = make_classifier(config, prepared.order, WIDTH, join_world("cpu"))
-        start_from_centroids(layer, prepared)
-        assert layer.basis is not None
-        index = layer.tail.index.long()
-        if bases > 1:
-            part = torch.from_numpy(part_of(np.arange(len(index)), len(index), 3))
-            assert part.tolist() == [0, 0, 0, 1, 1, 2, 2]
-            assert (index // 10 == part[:, None]).all()
-        assert (index.diff(dim=1) > 0).all()
-        own = np.load(prepared.folder / "label_vectors.npy", allow_pickle=False).astype(np.float32)
-        turned = torch.from_numpy((own - own.mean(0))[prepared.order.label_of_row[:LABELS]]) @ layer.basis
-        kept[bases] = float(turned.gather(1, index.repeat_interleave(16, 0)[:LABELS]).square().sum())
-    assert kept[3] > 1.05 * kept[1]
-
-
-def test_cases_of_a_study_have_the_bases_they_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, vectors = with_vectors(tmp_path / "data", "rewire.interval=0")
-    config.output.basis = "labels"
-    make_order(config, vectors)
-    monkeypatch.setattr(label_embeddings, "embed_labels", lambda *_: LabelEmbeddings(vectors, 0, 0, 0))
-    cases = []
-    for bases, directions in ((1, 0), (3, 10), (2, 15)):
-        output = dataclasses.replace(config.output, bases=bases, directions=directions)
-        cases.append(with_label_order(dataclasses.replace(config, output=output), tmp_path, 0))
-    for case in cases:
-        check_run(case)
-    assert cases[0].data.prepared == config.data.prepared
-    assert len({case.data.prepared for case in cases}) == 3
-
-
 def test_groups_read_what_holds_most_of_their_labels(tmp_path: Path) -> None:
     """Label embeddings that lie in 8 hidden directions are kept whole by 8 features a group; without the basis they are not."""
     config, _ = with_vectors(tmp_path)
@@ -216,11 +160,9 @@ def test_groups_read_what_holds_most_of_their_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bases", [1, 3])
-def test_it_trains_on_two_ranks_resumes_predicts_and_is_exported(tmp_path: Path, bases: int) -> None:
-    one = with_basis(tmp_path, "train.max_steps=16", bases=bases)
-    plain = dataclasses.replace(one, output=dataclasses.replace(one.output, basis="embedding", bases=1), run=dataclasses.replace(one.run))
-    plain.output.directions = 0
+def test_it_trains_on_two_ranks_resumes_predicts_and_is_exported(tmp_path: Path) -> None:
+    one = with_basis(tmp_path, "train.max_steps=16")
+    plain = dataclasses.replace(one, output=dataclasses.replace(one.output, basis="embedding"), run=dataclasses.replace(one.run))
     plain.run.folder += "-plain"
     train_all(join_world("cpu"), [one, plain])
     check_resumed_and_shared(one, stop=9)
@@ -257,9 +199,8 @@ assert without_ray  # the fixture
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
-@pytest.mark.parametrize("bases", [1, 3])
-def test_new_labels_join_in_the_basis_that_was(tmp_path: Path, bases: int) -> None:
-    config = with_basis(tmp_path / "old", "train.max_steps=6", bases=bases)
+def test_new_labels_join_in_the_basis_that_was(tmp_path: Path) -> None:
+    config = with_basis(tmp_path / "old", "train.max_steps=6")
     train_all(join_world("cpu"), [config])
     grown = grown_config(config, tmp_path / "new", "train.max_steps=0", "groups.features=encoder")
     grow(config, tmp_path / "new/source")
@@ -277,26 +218,6 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     for word, says in (("groups.features=tfidf", "set groups.features=encoder"), ("encoder.project=16", "are not projected")):
         with pytest.raises(ConfigError, match=f"output.basis=labels: .*{says}"):
             load_config(None, ["output.basis=labels", word])
-    for words, says in (
-        (["output.bases=2"], "of a basis of labels; set output.basis=labels"),
-        (["output.basis=labels", "output.bases=2"], "groups keep to their part's; set output.start=centroids rewire.interval=0"),
-    ):
-        with pytest.raises(ConfigError, match=rf"output.bases=2.*: .*{says}"):
-            load_config(None, words)
-    config = with_basis(tmp_path / "parts", bases=3)
-    check_run(config)
-    manifest = open_prepared(config).manifest
-    assert label_order_is_current(config, config.data.prepared, manifest)
-    config.output.directions = 40
-    with pytest.raises(ConfigError, match=r"output.directions=40: a basis has no more than the tail reads features; lower it"):
-        check_run(config)
-    config.output.bases, config.output.directions = 5, 6
-    with pytest.raises(ConfigError, match=r"output.fan_in=8 is larger than the 6 features"):
-        check_run(config)
-    config.output.bases, config.output.directions = 2, 15  # as many features, otherwise cut
-    assert not label_order_is_current(config, config.data.prepared, manifest)
-    with pytest.raises(ConfigError, match=r"prepared is 3 x 32 x 10, these settings ask for 2 x 32 x 15 .*; run haste prepare with them"):
-        check_run(config)
     config = with_basis(tmp_path)
     check_run(config)
     prepared = Path(config.data.prepared)
@@ -312,11 +233,11 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     make_order(config, vectors)
     config.output.basis = "labels"
     with pytest.raises(
-        ConfigError, match=r"output.basis=labels: prepared is nothing, these settings ask for 1 x 32 x 32 .*; run haste prepare"
+        ConfigError, match=r"output.basis=labels: prepared is nothing, these settings ask for 32 x 32; run haste prepare with them"
     ):
         check_run(config)
     config = with_basis(tmp_path / "slice", "output.tail_features=[4,28]")
     check_run(config)
     config.output.tail_features = [4, 20]
-    with pytest.raises(ConfigError, match=r"prepared is 1 x 24 x 24, these settings ask for 1 x 16 x 16"):
+    with pytest.raises(ConfigError, match=r"prepared is 24 x 24, these settings ask for 16 x 16; run haste prepare"):
         check_run(config)
