@@ -5,7 +5,8 @@ of their weights is a model too, and about as good as the mean of their answers,
 all runs read the same features, as with output.start=centroids and rewire.interval=0; others are refused. So are runs with a weight matrix
 of the encoder that has nothing in common, such as one that was drawn by each seed anew: it has no mean.
 
-Label rows are averaged in float32, a shard of the first run's checkpoint at a time, and rounded to the nearest value that is kept.
+Label rows are averaged in float32, a shard at a time, and rounded to the nearest value that is kept. Checkpoints of one run can be averaged
+too: a run is named by its folder or by that of one of its checkpoints.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from haste_dist.checkpoint import ENCODER, OPTIMIZER, read_page, rows_file, step_of, verify_files
+from haste_dist.checkpoint import ENCODER, OPTIMIZER, STEP_NAME, read_page, rows_file, step_of, verify_files
 from haste_dist.classifier import Classifier
 from haste_dist.config import OutputConfig, load_config
 from haste_dist.errors import CheckpointError, ConfigError
@@ -34,11 +35,13 @@ ALIKE = {
 }
 """Settings without which two runs' weights do not mean the same."""
 COMMON = 0.1  # cosine of two runs' weights in a matrix: those of one start keep most of it, of two starts it is 1 / sqrt(numbers)
+SHARD_BYTES = 2**30  # of label rows as they are kept, averaged at once
 NUMBERS = 4096  # in a matrix that is looked at: of fewer the cosine of two starts may be large by chance
 
 
 def average_runs(new: str | Path, runs: Sequence[str | Path], name: str = "best", dtype: str = "") -> Path:
-    """Writes the run folder ``new``: the mean of the checkpoints ``name`` of ``runs``; returns its checkpoint. ``runs`` are only read.
+    """Writes the run folder ``new``: the mean of the checkpoints ``name`` of ``runs``; returns its checkpoint. ``runs`` are only read; one
+    that is a checkpoint's folder is that checkpoint.
 
     Settings and steps are the first run's, without optimizer state. ``dtype``: what weights of labels are kept in (float32, bfloat16,
     float8; empty: as in the first run). A dev split is none where the seeds cut several. Raises HasteError; then nothing is left behind.
@@ -47,13 +50,11 @@ def average_runs(new: str | Path, runs: Sequence[str | Path], name: str = "best"
     if len({whole_address(str(run)) for run in (*folders, Path(new))}) < len(folders) + 1 or len(folders) < 2:
         raise ConfigError("haste average takes the folder to write and two runs or more, each once")
     check_free(new)
-    for run in folders:
-        if is_export(run):
-            raise ConfigError(f"{run}: was exported; name the run that haste train wrote")
-    models = [ModelFiles(run, name) for run in folders]
+    models = [_model(run, name) for run in folders]
     for model in models[1:]:
         _check_alike(models[0], model)
-    config, places = load_config(folders[0] / "config.yaml"), [_place(model) for model in models]
+    first, places = models[0].folder, [_place(model) for model in models]
+    config = load_config(first / "config.yaml")
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(new)))
     if config.data.dev_fraction and len({model.config.run.seed for model in models}) > 1:  # what one held out another has trained on
         config.data.dev_fraction, config.evaluate.split = 0.0, "test"
@@ -61,16 +62,25 @@ def average_runs(new: str | Path, runs: Sequence[str | Path], name: str = "best"
         config = dataclasses.replace(config, output=dataclasses.replace(config.output, weight_dtype=dtype))
     kept = config.output if config.output.weight_dtype != "auto" else dataclasses.replace(config.output, weight_dtype=_stored(places[0]))
     step = step_of(places[0])
-    with new_run(config, folders[0], folders[0], models[0].order.fingerprint, step) as (folder, files):
+    with new_run(config, first, first, models[0].order.fingerprint, step) as (folder, files):
         files[ENCODER] = _write_encoder(folder / ENCODER, places)
         files[OPTIMIZER] = write_tensors(folder / OPTIMIZER, {})
-        parts = sum(name.startswith("output") for name in read_page(places[0])["files"])
+        sizes = [record["bytes"] for name, record in read_page(places[0])["files"].items() if name.startswith("output")]
+        parts = max(len(sizes), -(-sum(sizes) // SHARD_BYTES))
         for part in range(parts):
             name = rows_file(part, parts)
             files[name] = _write_labels(folder / name, kept, models, part, parts)
     with RunLog(new) as log:
         log.event("average", step=step, checkpoints=[str(place) for place in places])
     return folder
+
+
+def _model(run: Path, name: str) -> ModelFiles:
+    if is_export(run):
+        raise ConfigError(f"{run}: was exported; name the run that haste train wrote")
+    if STEP_NAME.fullmatch(run.name):
+        return ModelFiles(run.parent.parent, run.name)
+    return ModelFiles(run, name)
 
 
 def _place(model: ModelFiles) -> Path:

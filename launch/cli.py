@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         "and no larger. The runs stay as they are.",
     )
     average.add_argument("new", metavar="NEW", help="run folder to write")
-    average.add_argument("runs", metavar="RUN", nargs="+", help="two run folders or more that haste train wrote")
+    average.add_argument("runs", metavar="RUN", nargs="+", help="two run folders or more that haste train wrote, or checkpoints in them")
     average.add_argument("--checkpoint", default="best", metavar="NAME", help=CHECKPOINT)
     average.add_argument(
         "--dtype",

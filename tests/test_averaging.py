@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from test_centroids import LABELS, with_vectors
 from test_study import lines_of
 from tiny import final_tensors, haste, make_prepared, run_ranks, train_all
 
+from haste_dist import averaging
 from haste_dist.averaging import average_runs
 from haste_dist.config import Config, load_config, save_config
 from haste_dist.errors import ConfigError, HasteError
@@ -87,8 +89,7 @@ def test_weights_are_the_mean_and_the_run_is_whole(pretrained: Config, tmp_path:
     assert len(list(folder.glob("output-*-of-00002.safetensors"))) == 2
     config = load_config(new / "config.yaml")
     assert evaluate_run(config, join_world("cpu"), "best")["rows"] == 48
-    (event,) = [event for event in read_events(new) if event["event"] == "average"]
-    assert [Path(one).parents[1].name for one in event["checkpoints"]] == ["run-0", "run-1", "run-2"]
+    assert [Path(one).parents[1].name for one in mean_event(new)["checkpoints"]] == ["run-0", "run-1", "run-2"]
     exported = export(new, tmp_path / "exported")
     np.testing.assert_array_equal(logits(new), logits(exported))
     config.train.max_steps = 12  # and training goes on from it
@@ -125,6 +126,34 @@ def test_what_is_kept_is_the_nearest_value(dtype: str, pretrained: Config, tmp_p
     assert final_tensors(str(tmp_path / "again"))["tail.weight"].dtype == held  # as in the first
     mean = (final_tensors(folders[0])["tail.weight"] + short["tail.weight"].float()) / 2
     assert torch.equal(final_tensors(str(tmp_path / "after"))["tail.weight"], mean)
+
+
+def test_checkpoints_of_one_run_have_a_mean_a_few_rows_at_a_time(
+    pretrained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (config,) = seeds_of(pretrained, tmp_path, 1)
+    config.train.checkpoint_every, config.checkpoint.keep = 4, 5
+    train_all(join_world("cpu"), [config])
+    places = [Path(config.run.folder) / "checkpoints" / f"step-{step:08d}" for step in (8, 4)]
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    average_runs(whole, places)
+    monkeypatch.setattr(averaging, "SHARD_BYTES", 4000)
+    folder = average_runs(pieces, places)
+    assert len(list(folder.glob("output-*"))) > 3
+    verify(pieces)
+    one, other = final_tensors(str(whole)), final_tensors(str(pieces))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    last = final_tensors(config.run.folder)
+    assert not torch.equal(one["tail.weight"], last["tail.weight"])
+    assert mean_event(whole)["checkpoints"] == [str(place) for place in places]
+    average_runs(tmp_path / "twice", [config.run.folder, places[1]], "last")  # a run and a checkpoint of its own
+    assert torch.equal(final_tensors(str(tmp_path / "twice"))["tail.weight"], one["tail.weight"])
+
+
+def mean_event(run: Path) -> dict[str, Any]:
+    """What the log says of the mean."""
+    (event,) = [event for event in read_events(run) if event["event"] == "average"]
+    return event
 
 
 def rewired(config: Config) -> None:
@@ -201,13 +230,16 @@ def test_mistakes_are_one_line_and_cost_nothing(pretrained: Config, tmp_path: Pa
     assert done.returncode == 2
     assert re.fullmatch(r"haste: error: .*/mean: holds a run already \(step-00000008\); choose another folder\n", done.stderr)
     assert all(torch.equal(tensor, before[name]) for name, tensor in final_tensors(new).items())
-    (rows,) = (Path(two) / "checkpoints/step-00000008").glob("output-*")
-    rows.write_bytes(rows.read_bytes()[:-1] + b"\x7f")
-    done = haste("average", f"{new}-2", one, two)
-    assert done.returncode == 2
-    assert rows.name in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not Path(f"{new}-2").exists()
+    place = Path(two) / "checkpoints/step-00000008"
+    for damaged in (place / "encoder.safetensors", *place.glob("output-*")):
+        sound = damaged.read_bytes()
+        damaged.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        done = haste("average", f"{new}-2", one, two)
+        assert done.returncode == 2
+        assert damaged.name in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not Path(f"{new}-2").exists()
+        damaged.write_bytes(sound)
     assert json.loads((Path(one) / "checkpoints/last.json").read_text())["step"] == 8
 
 
