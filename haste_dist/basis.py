@@ -8,6 +8,7 @@ all alike, as it does without a basis.
 Letters: L labels, D features of the embedding that the tail reads.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from haste_dist.errors import DataError
+from haste_dist.config import Config
+from haste_dist.errors import ConfigError, DataError
 from haste_dist.manifest import cannot_write, first_line
 from haste_dist.tensor_file import write_tensors
 
@@ -74,3 +76,14 @@ def read_basis(folder: Path) -> Tensor | None:
         return basis.view(basis.shape[-1:] * 2)  # (1, D, D) in some files
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{path}: damaged ({first_line(error)}); run haste prepare again") from None
+
+
+def check_basis_features(config: Config, groups_file: Path) -> None:
+    """The basis of ``groups_file``'s order must be of the features that the tail reads, not of others as many. Raises ConfigError."""
+    wanted = list(config.output.tail_features)
+    found = json.loads(groups_file.read_text(encoding="utf-8")).get("basis_features", [])
+    if found != wanted:
+        was, asked = (str(span) if span else "all" for span in (found, wanted))
+        raise ConfigError(
+            f"{groups_file.parent}: its basis is of the features {was}, output.tail_features asks for {asked}; run haste prepare with it"
+        )

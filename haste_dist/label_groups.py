@@ -284,7 +284,7 @@ def label_order_is_current(config: Config, folder: str | Path, manifest: Manifes
         page = json.loads((Path(folder) / GROUPS_FILE).read_text(encoding="utf-8"))
         if not has_label_vectors(config, Path(folder)):
             return False
-        page = {"dev": None, **page}  # orders that do not say are of all training texts
+        page = {"dev": None, "basis_features": [], **page}  # orders that do not say are of all training texts and all features
         return page.items() >= order_settings(config, manifest).items() and load_label_order(folder).labels == manifest.labels
     except (OSError, ValueError, AttributeError, DataError):
         return False
@@ -384,6 +384,7 @@ def order_settings(config: Config, manifest: Manifest) -> dict[str, Any]:
         "dev": dev_split(config),
         **groups,
         "encoder": _encoder_identity(config) if config.groups.features == "encoder" else None,
+        **({"basis_features": list(config.output.tail_features)} if config.output.basis == "labels" else {}),
     }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from haste_dist import checkpoint
 from haste_dist.agreement import same_error
 from haste_dist.augmentation import check_label_texts
+from haste_dist.basis import check_basis_features
 from haste_dist.centroids import check_centroids, start_from_centroids
 from haste_dist.checkpoint import RunState
 from haste_dist.checkpoint_store import CheckpointStore
@@ -101,6 +102,7 @@ def check_run(config: Config) -> Prepared:
     width = check_features(config, prepared.manifest)
     if config.output.basis == "labels":
         check_basis(prepared.order.basis, feature_slice(config.output.tail_features, width).width)
+        check_basis_features(config, prepared.folder / GROUPS_FILE)
     check_held_out(config, prepared.folder / GROUPS_FILE)
     if config.data.label_texts:
         check_label_texts(prepared.folder, prepared.manifest)

@@ -177,7 +177,10 @@ def with_label_order(config: Config, out: Path, seed: int, known: "dict[str, Lab
     elif _will_do(config, source):
         return _prepared(config, source)
     manifest = read_manifest(source)
-    key = json.dumps([manifest.fingerprint, _head(config, manifest.labels), seed, dataclasses.asdict(config.groups)], sort_keys=True)
+    asked = [manifest.fingerprint, _head(config, manifest.labels), seed, dataclasses.asdict(config.groups)]
+    if config.output.basis == "labels" and config.output.tail_features:  # whose basis another slice cannot use
+        asked.append(config.output.tail_features)
+    key = json.dumps(asked, sort_keys=True)
     folder = out / "prepared" / hashlib.sha256(key.encode()).hexdigest()[:12]
     if not label_order_is_current(asking, folder, manifest):
         from haste_dist.label_groups import make_label_order
@@ -199,6 +202,7 @@ def _will_do(config: Config, folder: Path) -> bool:
     page = json.loads((folder / GROUPS_FILE).read_text(encoding="utf-8"))
     same = all(page.get(name) == value for name, value in dataclasses.asdict(config.groups).items() if name in page and name != "encoder")
     same &= has_label_vectors(config, folder)
+    same &= config.output.basis != "labels" or page.get("basis_features", []) == config.output.tail_features
     same &= leaves_out_dev(page, config)
     return same and _head(config, manifest.labels) == (order.group_size, order.head_rows)
 

@@ -28,6 +28,7 @@ from haste_dist.predictor import Predictor
 from haste_dist.sealed import seal_data
 from haste_dist.sharding import all_rows
 from haste_dist.train import check_run
+from haste_dist.trials import with_label_order
 from haste_dist.verify import verify
 from haste_dist.world import join_world
 
@@ -138,6 +139,21 @@ def test_a_tail_in_a_basis_is_a_dense_layer_turned(tmp_path: Path) -> None:
     torch.testing.assert_close(layer.kept[0][0].double(), (x_ND * mask).double() @ turn.double(), rtol=1e-5, atol=1e-5)
 
 
+def test_cases_of_a_study_have_the_basis_of_what_they_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, vectors = with_vectors(tmp_path / "data")
+    config.output.basis = "labels"
+    make_order(config, vectors)
+    monkeypatch.setattr(label_embeddings, "embed_labels", lambda *_: LabelEmbeddings(vectors, 0, 0, 0))
+    cases = []
+    for features in ([], [4, 28], [8, 32]):
+        output = dataclasses.replace(config.output, tail_features=features)
+        cases.append(with_label_order(dataclasses.replace(config, output=output), tmp_path, 0))
+    for case in cases:
+        check_run(case)
+    assert cases[0].data.prepared == config.data.prepared
+    assert len({case.data.prepared for case in cases}) == 3
+
+
 def test_groups_read_what_holds_most_of_their_labels(tmp_path: Path) -> None:
     """Label embeddings that lie in 8 hidden directions are kept whole by 8 features a group; without the basis they are not."""
     config, _ = with_vectors(tmp_path)
@@ -151,7 +167,7 @@ def test_groups_read_what_holds_most_of_their_labels(tmp_path: Path) -> None:
         layer = make_classifier(config, prepared.order, WIDTH, join_world("cpu"))
         start_from_centroids(layer, prepared)
         own = np.load(prepared.folder / "label_vectors.npy", allow_pickle=False).astype(np.float32)
-        own = torch.from_numpy(own - own.mean(0))[torch.from_numpy(prepared.order.label_of_row[prepared.order.head_rows : LABELS])]
+        own = torch.from_numpy(own - own.mean(0))[torch.tensor(prepared.order.label_of_row[prepared.order.head_rows : LABELS])]
         turned = own if layer.basis is None else own @ layer.basis
         index = layer.tail.index.long().repeat_interleave(16, 0)[: len(own)]
         kept[name] = float(turned.gather(1, index).square().sum() / own.square().sum())
@@ -240,4 +256,10 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
     check_run(config)
     config.output.tail_features = [4, 20]
     with pytest.raises(ConfigError, match=r"prepared is 24 x 24, these settings ask for 16 x 16; run haste prepare"):
+        check_run(config)
+    manifest = open_prepared(config).manifest
+    for features, current in (([4, 28], True), ([8, 32], False)):  # others as many
+        config.output.tail_features = features
+        assert label_order_is_current(config, config.data.prepared, manifest) is current
+    with pytest.raises(ConfigError, match=r"its basis is of the features \[4, 28\], output.tail_features asks for \[8, 32\]"):
         check_run(config)
