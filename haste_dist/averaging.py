@@ -143,7 +143,7 @@ def _write_labels(path: Path, output: OutputConfig, models: list[ModelFiles], pa
             )
         for name, (tensor, _) in one.tensors().items():
             total[name] += tensor.float()
-    mean = Classifier(output, first.shard, first.width, first.seed, first.device, basis=models[0].order.basis)
+    mean = Classifier(output, first.shard, first.width, first.seed, first.device, basis=models[0].order.basis, drawn=False)
     for name, (tensor, _) in mean.tensors().items():
         if name in total:  # momentum is not
             tensor.copy_(total[name] / len(models))

@@ -61,8 +61,10 @@ class Classifier:
         device: torch.device,
         steps: Steps = KERNELS,
         basis: Tensor | None = None,
+        drawn: bool = True,
     ):
-        """``width``: D of the encoder. Initial values are keyed by global row, so that they do not depend on the sharding.
+        """``width``: D of the encoder. Initial values are keyed by global row, so that they do not depend on the sharding; not ``drawn``:
+        all are zero, for whoever fills them from a checkpoint.
 
         ``basis``: what the tail's input is turned by, with ``output.basis=labels`` and only then (basis.py). Raises ConfigError.
         """
@@ -75,8 +77,8 @@ class Classifier:
         check_fan_in(config.fan_in, self.tail_slice.width)
         self.basis = None if config.basis == "embedding" else check_basis(basis, self.tail_slice.width).to(device)
         weight_dtype, momentum_dtype = stored_dtypes(config, device.type == "cuda")
-        self.head = self._make_head(weight_dtype, momentum_dtype)
-        self.tail = self._make_tail(weight_dtype, momentum_dtype)
+        self.head = self._make_head(weight_dtype, momentum_dtype, drawn)
+        self.tail = self._make_tail(weight_dtype, momentum_dtype, drawn)
         # What the next rewiring measures gradients on: x_ND as the tail saw it and label_rows_NM of a batch, the same on all ranks.
         self.kept: list[tuple[Tensor, Tensor]] = []
 
@@ -152,22 +154,25 @@ class Classifier:
         """Memory of weights, momentum, biases, indices and basis on this rank."""
         return sum(t.nbytes for t, _ in self.tensors().values()) + (0 if self.basis is None else self.basis.nbytes)
 
-    def _make_head(self, weight_dtype: torch.dtype, momentum_dtype: torch.dtype) -> HeadState:
+    def _make_head(self, weight_dtype: torch.dtype, momentum_dtype: torch.dtype, drawn: bool) -> HeadState:
         shard, config = self.shard, self.config
         rows = shard.head_stop - shard.head_start
         width = self.head_slice.width
-        weight = uniform(shard.head_start, rows, width, config.init_scale / width**0.5, self.seed, HEAD_WEIGHT, self.device, weight_dtype)
+        bound = config.init_scale / width**0.5 if drawn else 0.0
+        weight = uniform(shard.head_start, rows, width, bound, self.seed, HEAD_WEIGHT, self.device, weight_dtype)
         return HeadState(weight, *self._companions(weight, momentum_dtype), first_row=shard.head_start)
 
-    def _make_tail(self, weight_dtype: torch.dtype, momentum_dtype: torch.dtype) -> TailState:
+    def _make_tail(self, weight_dtype: torch.dtype, momentum_dtype: torch.dtype, drawn: bool) -> TailState:
         shard, config = self.shard, self.config
         fan_in = config.fan_in
-        bound = config.init_scale / fan_in**0.5
+        bound = config.init_scale / fan_in**0.5 if drawn else 0.0
         rows = shard.groups * shard.group_size
         weight = uniform(shard.tail_start, rows, fan_in, bound, self.seed, TAIL_WEIGHT, self.device, weight_dtype)
         weight = weight.view(shard.groups, shard.group_size, fan_in)
-        index = random_features(shard.group_start, shard.groups, self.tail_slice.width, fan_in, self.seed, self.device)
-        index = index.to(torch.int16 if self.tail_slice.width <= INT16_WIDTH else torch.int32)
+        dtype = torch.int16 if self.tail_slice.width <= INT16_WIDTH else torch.int32
+        index = torch.zeros(shard.groups, fan_in, dtype=dtype, device=self.device)
+        if drawn:
+            index.copy_(random_features(shard.group_start, shard.groups, self.tail_slice.width, fan_in, self.seed, self.device))
         momentum, bias, bias_momentum = self._companions(weight, momentum_dtype)
         return TailState(weight, index, momentum, bias, bias_momentum, shard.tail_start, shard.tail_rows, shard.group_start)
 

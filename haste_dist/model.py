@@ -76,12 +76,12 @@ def make_encoder(config: Config, manifest: Manifest, pretrained: bool = True) ->
     return build_encoder(config.encoder, tokenizer.vocab_size, tokenizer.pad_id, config.data.max_length, pretrained)
 
 
-def make_classifier(config: Config, order: LabelOrder, width: int, world: World) -> Classifier:
-    """This rank's share of the output layer, with initial weights."""
+def make_classifier(config: Config, order: LabelOrder, width: int, world: World, drawn: bool = True) -> Classifier:
+    """This rank's share of the output layer, with initial weights, or none where it is not ``drawn`` but will be loaded."""
     shards, copies = world.shards, world.copies
     shard = label_shard(order.head_rows, order.groups, order.group_size, order.labels, shards.size, shards.rank)
     steps = summed_over(copies) if copies.size > 1 else KERNELS
-    return Classifier(config.output, shard, width, config.run.seed, world.device, steps, order.basis)
+    return Classifier(config.output, shard, width, config.run.seed, world.device, steps, order.basis, drawn)
 
 
 def prior_bias(config: Config, manifest: Manifest) -> float:

@@ -132,7 +132,8 @@ class ModelFiles:
         """The ``part``-th of ``parts`` ranges of the label rows, with their weights. Raises CheckpointError."""
         order = self.order
         shard = label_shard(order.head_rows, order.groups, order.group_size, order.labels, parts, part)
-        classifier = Classifier(self.config.output, shard, self.width, self.config.run.seed, alone(device).device, basis=order.basis)
+        place, seed = alone(device).device, self.config.run.seed
+        classifier = Classifier(self.config.output, shard, self.width, seed, place, basis=order.basis, drawn=False)
         if self.checkpoint is None:
             fill_labels(self.folder, classifier)
         else:

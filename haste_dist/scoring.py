@@ -23,7 +23,7 @@ def evaluate_run(config: Config, world: World, name: str = "best", keep: Keep | 
             check_run_files(Path(config.run.folder))
             check_data(prepared.folder)
     encoder = make_encoder(config, prepared.manifest, pretrained=False)
-    classifier = make_classifier(config, prepared.order, encoder.width, world)
+    classifier = make_classifier(config, prepared.order, encoder.width, world, drawn=False)
     engine = frozen_engine(config, encoder, world)
     folder = checkpoint.resolve(Path(config.run.folder) / CHECKPOINTS, name)
     with same_error(world):

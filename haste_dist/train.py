@@ -163,11 +163,11 @@ def _train(config: Config, world: World, wants_stop: Callable[[], bool]) -> Outc
 
     encoder = make_encoder(config, prepared.manifest)
     work = encoder_work(encoder)
-    classifier = make_classifier(config, prepared.order, encoder.width, world)
+    state, start = RunState(), checkpoint.newest(saved)
+    classifier = make_classifier(config, prepared.order, encoder.width, world, drawn=start is None)
     if world.is_first:
         save_run_files(run, config, encoder, prepared.folder)
     engine = EncoderEngine(encoder, config.encoder, world)
-    state, start = RunState(), checkpoint.newest(saved)
     if start is not None:
         with same_error(world):
             state = checkpoint.load(start, engine, classifier, prepared.order.fingerprint)

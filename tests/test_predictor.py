@@ -12,7 +12,7 @@ import torch
 from tiny import FULL, haste, make_prepared
 
 import haste_dist
-from haste_dist import calibration
+from haste_dist import calibration, classifier
 from haste_dist.calibration import Calibration, calibrate, read_calibration
 from haste_dist.config import Config
 from haste_dist.errors import CheckpointError, DataError
@@ -40,6 +40,22 @@ def test_the_documented_examples_run(trained: Config) -> None:
         result = doctest.testmod(module, extraglobs={"run": trained.run.folder}, optionflags=doctest.NORMALIZE_WHITESPACE)
         assert result.attempted > 3
         assert result.failed == 0
+
+
+def test_labels_that_are_loaded_are_not_drawn_before(trained: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For millions of labels that took most of the time to load them."""
+    expected = haste_dist.load(trained.run.folder, device="cpu").topk(TEXTS)
+    scores = evaluate_run(trained, join_world("cpu"), "last")
+
+    def drawn(*_: object) -> None:
+        raise AssertionError("features are drawn")
+
+    monkeypatch.setattr(classifier, "random_features", drawn)
+    for found, wanted in zip(haste_dist.load(trained.run.folder, device="cpu").topk(TEXTS), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    again = evaluate_run(trained, join_world("cpu"), "last")
+    assert {**again, "seconds": 0} == {**scores, "seconds": 0}
+    assert train(trained, join_world("cpu")).step == 48  # it is finished: nothing is left to do but to load it
 
 
 def test_predictions_do_not_depend_on_their_company(trained: Config) -> None:
