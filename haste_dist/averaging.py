@@ -55,11 +55,10 @@ def average_runs(new: str | Path, runs: Sequence[str | Path], name: str = "best"
         _check_alike(models[0], model)
     first, places = models[0].folder, [_place(model) for model in models]
     config = load_config(first / "config.yaml")
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(new)))
+    config.run.folder, config.checkpoint.store = str(new), ""  # the store is the first run's
     if config.data.dev_fraction and len({model.config.run.seed for model in models}) > 1:  # what one held out another has trained on
         config.data.dev_fraction, config.evaluate.split = 0.0, "test"
-    if dtype:
-        config = dataclasses.replace(config, output=dataclasses.replace(config.output, weight_dtype=dtype))
+    config.output.weight_dtype = dtype or config.output.weight_dtype
     kept = config.output if config.output.weight_dtype != "auto" else dataclasses.replace(config.output, weight_dtype=_stored(places[0]))
     step = step_of(places[0])
     with new_run(config, first, first, models[0].order.fingerprint, step) as (folder, files):
