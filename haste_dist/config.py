@@ -199,6 +199,9 @@ class TrainConfig:
     epochs: float = setting(10.0, "passes over the training texts; a fraction is allowed", low=0.0)
     max_steps: int = setting(0, "stop after this many steps (0: by epochs); the schedules still span the epochs", low=0)
     warmup: float = setting(0.05, "part of training in which both learning rates rise from 0", low=0.0, high=1.0)
+    lowest_lr: float = setting(
+        0.0, "part of their peaks below which they do not fall again: above 0 for a run whose checkpoints are averaged", low=0.0, high=1.0
+    )
     log_every: int = setting(20, "steps between metric lines (the loss value is computed only then)", low=1)
     evaluate_every: float = setting(1.0, "epochs between evaluations (0: only at the end)", low=0.0)
     evaluate_rows: int = setting(0, "texts an evaluation during training uses (0: all)", low=0)

@@ -3,12 +3,13 @@
 import math
 
 
-def warmup_cosine(step: int, total: int, warmup: float) -> float:
-    """Factor on the peak learning rate: a line from 0 over the first ``warmup`` of training, then half a cosine to 0."""
+def warmup_cosine(step: int, total: int, warmup: float, lowest: float = 0.0) -> float:
+    """Factor on the peak learning rate: a line from 0 over the first ``warmup`` of training, then half a cosine to 0, or to ``lowest``,
+    where it stays."""
     rising = warmup * total
     if step < rising:
         return (step + 1) / (rising + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1e-9, total - rising))))
+    return max(lowest, 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1e-9, total - rising)))))
 
 
 def rewire_fraction(step: int, total: int, interval: int, until: float, fraction: float) -> float:

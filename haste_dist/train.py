@@ -240,7 +240,7 @@ def _train(config: Config, world: World, wants_stop: Callable[[], bool]) -> Outc
 
             timer.waiting()
             batch = stage("data")(next)(source)
-            factor = warmup_cosine(step, plan.total, config.train.warmup)
+            factor = warmup_cosine(step, plan.total, config.train.warmup, config.train.lowest_lr)
             state.step = step + 1
             logged = state.step == resumed_at + 1 or due(state.step, config.train.log_every)
             timer.working(batch, watch=logged)

@@ -135,7 +135,10 @@ def test_checkpoints_of_one_run_have_a_mean_a_few_rows_at_a_time(
 ) -> None:
     (config,) = seeds_of(pretrained, tmp_path, 1)
     config.train.checkpoint_every, config.checkpoint.keep = 4, 5
+    config.train.lowest_lr, config.train.epochs = 0.5, 8 / 12
     train_all(join_world("cpu"), [config])
+    rates = [event["lr_output"] for event in read_events(config.run.folder) if event["event"] == "step"]
+    assert (len(rates), rates[-1]) == (8, config.output.lr / 2)
     places = [Path(config.run.folder) / "checkpoints" / f"step-{step:08d}" for step in (8, 4)]
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     average_runs(whole, places)

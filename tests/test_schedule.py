@@ -18,6 +18,8 @@ def test_learning_rate_rises_then_falls_and_stays_in_range(total: int, warmup: f
     assert factors[top:] == sorted(factors[top:], reverse=True)
     assert factors[0] > 0
     assert factors[-1] == pytest.approx(0, abs=1e-9)
+    for step, factor in enumerate(factors):  # a warm-up starts from 0 all the same
+        assert warmup_cosine(step, total, warmup, 0.3) == (factor if step < warmup * total else max(0.3, factor))
 
 
 def test_learning_rate_at_known_places() -> None:
