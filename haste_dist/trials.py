@@ -98,8 +98,11 @@ class Trial:
 
     @property
     def has_weights(self) -> bool:
-        """Whether its checkpoints are still there."""
-        return (self.folder / "checkpoints").is_dir()
+        """Whether the checkpoint that its result is of is still there."""
+        from haste_dist import checkpoint
+
+        result, found = read_result(self), checkpoint.newest(self.folder / "checkpoints")
+        return result is not None and found is not None and checkpoint.step_of(found) == result["step"]
 
 
 def read_study_page(file: str | Path) -> Study:
@@ -285,8 +288,9 @@ def _scored(config: Config, world: "World") -> dict[str, float]:
 
 
 def _costs(folder: Path) -> dict[str, float]:
-    """Steps, time and memory of a training run, by its log."""
+    """Steps, time and memory of a training run, by its log; of one that was trained again, of the last time."""
     events = read_events(folder)
+    events = events[max(i for i, event in enumerate(events) if event["event"] == "start" and event["step"] == 0) :]
     steps = [event for event in events if event["event"] == "step"]
     return {
         "step": next(event["step"] for event in reversed(events) if event["event"] == "end"),

@@ -8,7 +8,6 @@ Exit status: 0 done, 2 wrong words or a run that failed, 130 stopped by Ctrl-C o
 
 import dataclasses
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -47,11 +46,11 @@ def study(page: str, out: Path, overrides: list[str], side_by_side: int, plot: b
     embeddings: dict[str, Any] = {}  # texts are embedded once for all label orders that are made now
     for trial in trials_of(wanted, out, overrides):
         trials.append(dataclasses.replace(trial, config=with_label_order(trial.config, out, wanted.seeds[0], embeddings)))
-    for member in [member for trial in trials if read_result(trial) is None for member in trial.members]:
-        if read_result(member) and not member.has_weights:
-            console.print(f"{member.folder.name}: its weights are gone, so it is trained again")
-            shutil.rmtree(member.folder)
-    left = [trial for trial in trials if read_result(trial) is None]
+    missing = [trial for trial in trials if read_result(trial) is None]
+    again = [member.folder for trial in missing for member in trial.members if read_result(member) and not member.has_weights]
+    for folder in again:  # what it has is kept until it has it again
+        console.print(f"{folder.name}: its weights are gone, so it is trained again")
+    left = [trial for trial in trials if trial in missing or trial.folder in again]
     if len(left) < len(trials):
         console.print(f"{len(trials) - len(left)} of {len(trials)} runs are in {out} already and are kept")
     failed = _run_all(left, Path(page), out, overrides, side_by_side, console, lambda: _write(wanted, trials, out, False, records))
@@ -111,7 +110,7 @@ def _run_all(
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
-            while len(running) < len(places) and (trial := next((one for one in waiting if _ready(one)), None)):
+            while len(running) < len(places) and (trial := _next(waiting, [*(run.trial for run in running), *failed])):
                 taken = [run.gpu for run in running]
                 gpu = next(gpu for gpu in places if taken.count(gpu) < side_by_side)
                 waiting.remove(trial)
@@ -141,8 +140,10 @@ def _run_all(
     return failed
 
 
-def _ready(trial: Trial) -> bool:
-    return all(read_result(member) for member in trial.members)
+def _next(waiting: list[Trial], unfinished: list[Trial]) -> Trial | None:
+    """The first whose members neither wait nor are ``unfinished``."""
+    pending = {trial.folder for trial in (*waiting, *unfinished)}
+    return next((trial for trial in waiting if not any(member.folder in pending for member in trial.members)), None)
 
 
 def _gpus(left: list[Trial]) -> list[str]:

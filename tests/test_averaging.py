@@ -21,7 +21,7 @@ from haste_dist.config import Config, load_config, save_config
 from haste_dist.errors import ConfigError, HasteError
 from haste_dist.export import export
 from haste_dist.predictor import Predictor
-from haste_dist.runlog import read_events
+from haste_dist.runlog import read_events, seconds_trained
 from haste_dist.scoring import evaluate_run
 from haste_dist.trials import read_result, read_study_page, trials_of
 from haste_dist.verify import verify
@@ -286,6 +286,9 @@ def test_a_study_averages_seeds(pretrained: Config, tmp_path: Path, capsys: pyte
     ]
     again = read_result(trials["plain-average-2"]) or {}
     assert {name: again[name] for name in expected if "@" in name} == {name: found[name] for name in expected if "@" in name}
+    assert again["step"] == 16
+    retrained = read_result(trials["plain-2"]) or {}
+    assert retrained["train_seconds"] < seconds_trained(read_events(trials["plain-2"].folder))  # of both times
     for name in ("plain-average-2", "plain-3"):
         shutil.rmtree(trials[name].folder)
     (Path(pretrained.encoder.name) / "model.safetensors").rename(tmp_path / "away")
@@ -294,3 +297,5 @@ def test_a_study_averages_seeds(pretrained: Config, tmp_path: Path, capsys: pyte
     finally:
         (tmp_path / "away").rename(Path(pretrained.encoder.name) / "model.safetensors")
     assert "3 of 3 runs failed" in capsys.readouterr().err
+    assert read_result(trials["plain-2"]) == retrained  # what there was is kept
+    assert not trials["plain-2"].has_weights
