@@ -44,7 +44,9 @@ def average_runs(new: str | Path, runs: Sequence[str | Path], name: str = "best"
     that is a checkpoint's folder is that checkpoint.
 
     Settings and steps are the first run's, without optimizer state. ``dtype``: what weights of labels are kept in (float32, bfloat16,
-    float8; empty: as in the first run). A dev split is none where the seeds cut several. Raises HasteError; then nothing is left behind.
+    float8; empty: as in the first run). Where the runs held out different texts there is no dev split.
+
+    Raises HasteError; then nothing is left behind.
     """
     folders = [Path(run) for run in runs]
     if len({whole_address(str(run)) for run in (*folders, Path(new))}) < len(folders) + 1 or len(folders) < 2:
@@ -56,11 +58,15 @@ def average_runs(new: str | Path, runs: Sequence[str | Path], name: str = "best"
     first, places = models[0].folder, [_place(model) for model in models]
     config = load_config(first / "config.yaml")
     config.run.folder, config.checkpoint.store = str(new), ""  # the store is the first run's
-    if config.data.dev_fraction and len({model.config.run.seed for model in models}) > 1:  # what one held out another has trained on
+    if len({(model.config.data.dev_fraction, model.config.run.seed) for model in models}) > 1 and config.data.dev_fraction:
+        # What one held out another has trained on.
         config.data.dev_fraction, config.evaluate.split = 0.0, "test"
     config.output.weight_dtype = dtype or config.output.weight_dtype
     kept = config.output if config.output.weight_dtype != "auto" else dataclasses.replace(config.output, weight_dtype=_stored(places[0]))
     step = step_of(places[0])
+    for place in places:  # once, for all shards
+        page = read_page(place)
+        verify_files(place, page, [name for name in page["files"] if name == ENCODER or name.startswith("output")])
     with new_run(config, first, first, models[0].order.fingerprint, step) as (folder, files):
         files[ENCODER] = _write_encoder(folder / ENCODER, places)
         files[OPTIMIZER] = write_tensors(folder / OPTIMIZER, {})
@@ -100,8 +106,6 @@ def _check_alike(first: ModelFiles, other: ModelFiles) -> None:
 
 def _write_encoder(path: Path, places: list[Path]) -> FileRecord:
     """The mean of the encoders' float32 weights. Raises CheckpointError, and ConfigError for those that have none."""
-    for place in places:
-        verify_files(place, read_page(place), [ENCODER])
     files = [safe_open(place / ENCODER, framework="pt") for place in places]
     names = set(files[0].keys())
     mean: dict[str, Tensor] = {}
@@ -131,10 +135,10 @@ def _check_common(name: str, first: Tensor, other: Tensor, place: Path, other_pl
 
 def _write_labels(path: Path, output: OutputConfig, models: list[ModelFiles], part: int, parts: int) -> FileRecord:
     """A shard of the label rows, and where the settings have momentum one of zeros. Raises ConfigError for runs without a mean."""
-    first = models[0].labels("cpu", part, parts)
+    first = models[0].labels("cpu", part, parts, verified=True)
     total = {name: tensor.float() for name, (tensor, _) in first.tensors().items()}
     for model in models[1:]:
-        one = model.labels("cpu", part, parts)
+        one = model.labels("cpu", part, parts, verified=True)
         if not torch.equal(one.tail.index, first.tail.index):
             raise ConfigError(
                 f"{model.folder}: its groups read other features than those of {models[0].folder}, so the weights have no mean; "

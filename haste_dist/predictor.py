@@ -128,8 +128,9 @@ class ModelFiles:
     def embedder(self, device: str = "auto") -> Embedder:
         return Embedder(self, device)
 
-    def labels(self, device: str = "auto", part: int = 0, parts: int = 1) -> Classifier:
-        """The ``part``-th of ``parts`` ranges of the label rows, with their weights. Raises CheckpointError."""
+    def labels(self, device: str = "auto", part: int = 0, parts: int = 1, verified: bool = False) -> Classifier:
+        """The ``part``-th of ``parts`` ranges of the label rows, with their weights; ``verified``: a run's files have been held against
+        their checksums. Raises CheckpointError."""
         order = self.order
         shard = label_shard(order.head_rows, order.groups, order.group_size, order.labels, parts, part)
         place, seed = alone(device).device, self.config.run.seed
@@ -137,7 +138,7 @@ class ModelFiles:
         if self.checkpoint is None:
             fill_labels(self.folder, classifier)
         else:
-            checkpoint.load_labels(self.checkpoint, classifier, order.fingerprint)
+            checkpoint.load_labels(self.checkpoint, classifier, order.fingerprint, verified)
         return classifier
 
 

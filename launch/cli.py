@@ -131,8 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
     average = commands.add_parser(
         "average",
         help="one model from several runs",
-        description="Write NEW, a run whose weights are the mean of those of runs that differ in their seed: better than each of them "
-        "and no larger. The runs stay as they are.",
+        description="Write NEW, a run whose weights are the mean of those of runs that differ in their seed: as large as one, and "
+        "mostly better. The runs stay as they are.",
     )
     average.add_argument("new", metavar="NEW", help="run folder to write")
     average.add_argument("runs", metavar="RUN", nargs="+", help="two run folders or more that haste train wrote, or checkpoints in them")

@@ -163,7 +163,7 @@ def average(args: Namespace) -> int:
     from haste_dist.averaging import average_runs
 
     average_runs(args.new, args.runs, args.checkpoint, args.dtype)
-    print(f"{args.new}: the mean of {len(args.runs)} runs; haste evaluate {args.new} scores it")
+    print(f"{args.new}: the mean of {len(args.runs)} checkpoints; haste evaluate {args.new} scores it")
     return 0
 
 

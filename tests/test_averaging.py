@@ -15,7 +15,7 @@ from test_centroids import LABELS, with_vectors
 from test_study import lines_of
 from tiny import final_tensors, haste, make_prepared, run_ranks, train_all
 
-from haste_dist import averaging
+from haste_dist import averaging, checkpoint
 from haste_dist.averaging import average_runs
 from haste_dist.config import Config, load_config, save_config
 from haste_dist.errors import ConfigError, HasteError
@@ -143,7 +143,11 @@ def test_checkpoints_of_one_run_have_a_mean_a_few_rows_at_a_time(
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     average_runs(whole, places)
     monkeypatch.setattr(averaging, "SHARD_BYTES", 4000)
+    looked_at: list[str] = []
+    check_file = checkpoint.check_file
+    monkeypatch.setattr(checkpoint, "check_file", lambda folder, name, *more: (looked_at.append(name), check_file(folder, name, *more)))
     folder = average_runs(pieces, places)
+    assert sorted(looked_at) == ["encoder.safetensors"] * 2 + ["output-00000-of-00001.safetensors"] * 2  # once, not once a shard
     assert len(list(folder.glob("output-*"))) > 3
     verify(pieces)
     one, other = final_tensors(str(whole)), final_tensors(str(pieces))
@@ -210,6 +214,12 @@ def test_a_dev_split_of_several_seeds_is_none(pretrained: Config, tmp_path: Path
     average_runs(tmp_path / "mean", [config.run.folder for config in configs])
     found = load_config(tmp_path / "mean/config.yaml")
     assert (found.data.dev_fraction, found.evaluate.split) == (0.0, "test")
+    page.write_text(page.read_text().replace("seed: 1", "seed: 0"))  # the same split: it stays
+    average_runs(tmp_path / "same", [config.run.folder for config in configs])
+    assert load_config(tmp_path / "same/config.yaml").data.dev_fraction == 0.1
+    page.write_text(page.read_text().replace("dev_fraction: 0.1", "dev_fraction: 0.0"))  # one has trained on all
+    average_runs(tmp_path / "all", [config.run.folder for config in configs])
+    assert load_config(tmp_path / "all/config.yaml").data.dev_fraction == 0.0
 
 
 def test_mistakes_are_one_line_and_cost_nothing(pretrained: Config, tmp_path: Path) -> None:
@@ -229,7 +239,7 @@ def test_mistakes_are_one_line_and_cost_nothing(pretrained: Config, tmp_path: Pa
             average_runs(new, runs)
     done = haste("average", new, one, two)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{new}: the mean of 2 runs; haste evaluate {new} scores it\n"
+    assert done.stdout == f"{new}: the mean of 2 checkpoints; haste evaluate {new} scores it\n"
     before = final_tensors(new)
     done = haste("average", new, one, two)
     assert done.returncode == 2
