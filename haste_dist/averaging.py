@@ -2,8 +2,9 @@
 
 Runs that start from the same weights and differ in their seed alone (order of texts, dropout) end close enough to each other that the mean
 of their weights is a model too, and about as good as the mean of their answers, at the cost of one. In the sparse tail that holds where
-all runs read the same features, as with output.start=centroids and rewire.interval=0; others are refused. So are runs with a weight matrix
-of the encoder that has nothing in common, such as one that was drawn by each seed anew: it has no mean.
+groups read much the same features in all runs, as with output.start=centroids; of those that not all have, the mean keeps the F in which it
+is largest. Runs with less than half of their features in common are refused. So are runs with a weight matrix of the encoder that has
+nothing in common, such as one that was drawn by each seed anew: it has no mean.
 
 Label rows are averaged in float32, a shard at a time, and rounded to the nearest value that is kept. Checkpoints of one run can be averaged
 too: a run is named by its folder or by that of one of its checkpoints.
@@ -27,7 +28,7 @@ from haste_dist.predictor import ModelFiles
 from haste_dist.runlog import RunLog
 from haste_dist.storage import whole_address
 from haste_dist.tensor_file import FileRecord, write_tensors
-from haste_kernels import STORED
+from haste_kernels import STORED, TailState
 
 ALIKE = {
     "encoder": ("pooling", "project", "normalize"),
@@ -36,6 +37,8 @@ ALIKE = {
 """Settings without which two runs' weights do not mean the same."""
 COMMON = 0.1  # cosine of two runs' weights in a matrix: those of one start keep most of it, of two starts it is 1 / sqrt(numbers)
 SHARD_BYTES = 2**30  # of label rows as they are kept, averaged at once
+LEAST_SHARED = 0.5  # of the features of two runs
+GROUPS = 256  # averaged at once where features differ
 NUMBERS = 4096  # in a matrix that is looked at: of fewer the cosine of two starts may be large by chance
 
 
@@ -135,24 +138,50 @@ def _check_common(name: str, first: Tensor, other: Tensor, place: Path, other_pl
 
 def _write_labels(path: Path, output: OutputConfig, models: list[ModelFiles], part: int, parts: int) -> FileRecord:
     """A shard of the label rows, and where the settings have momentum one of zeros. Raises ConfigError for runs without a mean."""
-    first = models[0].labels("cpu", part, parts, verified=True)
-    total = {name: tensor.float() for name, (tensor, _) in first.tensors().items()}
-    for model in models[1:]:
-        one = model.labels("cpu", part, parts, verified=True)
-        if not torch.equal(one.tail.index, first.tail.index):
-            raise ConfigError(
-                f"{model.folder}: its groups read other features than those of {models[0].folder}, so the weights have no mean; "
-                "train the runs with output.start=centroids rewire.interval=0"
-            )
-        for name, (tensor, _) in one.tensors().items():
-            total[name] += tensor.float()
+    shards = [model.labels("cpu", part, parts, verified=True) for model in models]
+    first = shards[0]
     mean = Classifier(output, first.shard, first.width, first.seed, first.device, basis=models[0].order.basis, drawn=False)
+    every = [{name: tensor for name, (tensor, _) in one.tensors().items()} for one in shards]
     for name, (tensor, _) in mean.tensors().items():
-        if name in total:  # momentum is not
-            tensor.copy_(total[name] / len(models))
+        if name in every[0] and name != "tail.index":  # momentum is not
+            tensor.copy_(sum((one[name].float() for one in every), torch.zeros(())) / len(models))
     mean.tail.index.copy_(first.tail.index)
+    for model, one in zip(models[1:], shards[1:], strict=True):
+        if (shared := _in_common(first.tail.index, one.tail.index, first.tail_slice.width)) < LEAST_SHARED:
+            raise ConfigError(
+                f"{model.folder}: its groups read other features than those of {models[0].folder} ({shared:.0%} in common), so the weights "
+                "have no mean; train the runs with output.start=centroids, and rewire.interval=0 or rewire.grow=embeddings"
+            )
+    if not all(torch.equal(one.tail.index, first.tail.index) for one in shards[1:]):
+        _mean_of_tails(mean.tail, [one.tail for one in shards], first.tail_slice.width)
     found = mean.tensors()
     return write_tensors(path, {name: tensor for name, (tensor, _) in found.items()}, {name: str(at) for name, (_, at) in found.items()})
+
+
+def _in_common(one_TF: Tensor, other_TF: Tensor, width: int) -> float:
+    """What part of their features two tails share; 1 without a group."""
+    if not len(one_TF):
+        return 1.0
+    shared = 0
+    for start in range(0, len(one_TF), GROUPS):
+        one, other = (index[start : start + GROUPS].long() for index in (one_TF, other_TF))
+        shared += int(torch.zeros(len(one), width, dtype=torch.bool).scatter_(1, one, True).gather(1, other).sum())
+    return shared / one_TF.numel()
+
+
+def _mean_of_tails(mean: TailState, tails: list[TailState], width: int) -> None:
+    """Sets features and weights of ``mean``: of all features that a group reads in some tail, those in which the mean is largest."""
+    groups, size, fan_in = mean.weight.shape
+    for start in range(0, groups, GROUPS):
+        stop = min(start + GROUPS, groups)
+        whole_TGM = torch.zeros(stop - start, size, width)
+        for tail in tails:
+            at_TGF = tail.index[start:stop, None].long().expand(-1, size, -1)
+            whole_TGM.scatter_add_(2, at_TGF, tail.weight[start:stop].float() / len(tails))
+        order = whole_TGM.square().sum(1).sort(dim=1, descending=True, stable=True).indices
+        index_TF = order[:, :fan_in].sort(dim=1).values
+        mean.index[start:stop] = index_TF.to(mean.index)
+        mean.weight[start:stop] = whole_TGM.gather(2, index_TF[:, None].expand(-1, size, -1)).to(mean.weight)
 
 
 def _stored(place: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from haste_dist.basis import label_mean
 from haste_dist.classifier import Classifier
@@ -41,14 +42,19 @@ def start_from_centroids(classifier: Classifier, prepared: Prepared) -> None:
         labels = prepared.order.label_of_row[rows]
         v_RD = torch.from_numpy(vectors_LD[np.maximum(labels, 0), span.start : span.stop].astype(np.float32)) - mean_D
         v_RD[torch.from_numpy(labels < 0)] = 0
-        v_TGD = (v_RD if basis_DD is None else v_RD @ basis_DD).view(stop - start, size, -1)
-        # A stable sort: topk leaves open which of equal features it takes.
-        order = v_TGD.square().sum(1).sort(dim=1, descending=True, stable=True).indices
-        index_TF = order[:, :fan_in].sort(dim=1).values
-        w_TGF = v_TGD.gather(2, index_TF[:, None].expand(-1, size, -1))
-        w_TGF = classifier.config.init_scale * torch.nn.functional.normalize(w_TGF, dim=2)
+        index_TF, direction_TGF = largest_features((v_RD if basis_DD is None else v_RD @ basis_DD).view(stop - start, size, -1), fan_in)
         tail.index[start:stop] = index_TF.to(tail.index)
-        tail.weight[start:stop] = w_TGF.to(tail.weight)
+        tail.weight[start:stop] = (classifier.config.init_scale * direction_TGF).to(tail.weight)
+
+
+def largest_features(v_TGD: Tensor, fan_in: int) -> tuple[Tensor, Tensor]:
+    """Of groups of vectors: the F features in which each group's are largest in the mean square, ascending (T, F) int64, and each vector on
+    them alone, of length 1 (T, G, F); a zero vector stays zero."""
+    # A stable sort: topk leaves open which of equal features it takes.
+    order = v_TGD.square().sum(1).sort(dim=1, descending=True, stable=True).indices
+    index_TF = order[:, :fan_in].sort(dim=1).values
+    at_TGF = v_TGD.gather(2, index_TF[:, None].expand(-1, v_TGD.shape[1], -1))
+    return index_TF, torch.nn.functional.normalize(at_TGF, dim=2)
 
 
 def _vectors(folder: Path) -> np.ndarray:

@@ -173,7 +173,13 @@ class OutputConfig:
 class RewireConfig:
     interval: int = setting(1000, "steps between rewirings of the tail (0: static features)", low=0)
     until: float = setting(0.66, "part of training after which features stay", low=0.0, high=1.0)
-    fraction: float = setting(0.25, "connections replaced at the first rewiring, decaying to none by a cosine", low=0.0, high=1.0)
+    fraction: float = setting(
+        0.25,
+        "connections replaced at the first rewiring, decaying to none by a cosine; with grow=embeddings the part of each label's "
+        "weights that starts anew, the same each time",
+        low=0.0,
+        high=1.0,
+    )
     prune: str = setting(
         "group",
         "lowest mean |w| in each group, over all groups at once, or all under a threshold",
@@ -181,7 +187,10 @@ class RewireConfig:
     )
     threshold: float = setting(0.01, "mean |w| under which prune=threshold replaces a connection", low=0.0)
     grow: str = setting(
-        "random", "new features of a group: random ones, or those of the largest summed |gradient|", choices=("random", "gradient")
+        "random",
+        "new features of a group: random ones, those of the largest summed |gradient|, or those in which label embeddings of the encoder "
+        "as it is by then are largest (prune does not count)",
+        choices=("random", "gradient", "embeddings"),
     )
     batches: int = setting(4, "batches whose gradients choose the new features: the last ones before a rewiring", low=1)
 

@@ -35,8 +35,16 @@ class Rewired:
     fraction: float  # that was asked for
 
 
+def share_due(config: RewireConfig, step: int, total: int) -> float:
+    """What of the tail is replaced after ``step`` of ``total`` steps; 0 when no rewiring is due. Pure."""
+    share = rewire_fraction(step, total, config.interval, config.until, config.fraction)
+    return config.fraction if share and config.grow == "embeddings" else share
+
+
 def rewire(classifier: Classifier, config: RewireConfig, fraction: float, step: int, world: World) -> Rewired:
-    """Replaces the weakest connections of the tail. Every rank calls it at the same step; the outcome does not depend on W."""
+    """Replaces the weakest connections of the tail. Every rank calls it at the same step; the outcome does not depend on W.
+
+    Not for grow=embeddings, which is reembedding.py's."""
     tail = classifier.tail
     total = classifier.shard.all_groups * tail.weight.shape[2]
     prune = weakest(tail, config, fraction, total, world.shards)

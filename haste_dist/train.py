@@ -32,11 +32,12 @@ from haste_dist.meters import StepTimer, encoder_work, peak_memory, stage, tail_
 from haste_dist.model import Prepared, check_features, make_classifier, make_encoder, open_prepared, prior_bias, save_run_files
 from haste_dist.profiling import StepProfile
 from haste_dist.readers import training_batches
-from haste_dist.rewire import keeps_batch, rewire
+from haste_dist.reembedding import reembed
+from haste_dist.rewire import keeps_batch, rewire, share_due
 from haste_dist.run_lock import alone
 from haste_dist.runlog import RunLog
 from haste_dist.saver import Saved, Saver
-from haste_dist.schedule import due, rewire_fraction, warmup_cosine
+from haste_dist.schedule import due, warmup_cosine
 from haste_dist.step import train_step
 from haste_dist.trackers import check_trackers, open_trackers
 from haste_dist.verify import check_data
@@ -262,10 +263,12 @@ def _train(config: Config, world: World, wants_stop: Callable[[], bool]) -> Outc
             if guard.skipped > state.skipped:
                 state.skipped = guard.skipped
                 log.event("skipped", step=state.step, skipped=state.skipped, left=config.train.skip_batches - state.skipped)
-            fraction = rewire_fraction(state.step, plan.total, config.rewire.interval, config.rewire.until, config.rewire.fraction)
-            if fraction:
-                done = rewire(classifier, config.rewire, fraction, state.step, world)
-                log.event("rewire", step=state.step, replaced=done.replaced, connections=done.connections, fraction=fraction)
+            if share := share_due(config.rewire, state.step, plan.total):
+                if config.rewire.grow == "embeddings":
+                    done = reembed(config, prepared, engine, classifier, world, share)
+                else:
+                    done = rewire(classifier, config.rewire, share, state.step, world)
+                log.event("rewire", step=state.step, replaced=done.replaced, connections=done.connections, fraction=share)
             timer.stepped()
             profile.stepped(state.step)
             if logged and loss is not None:

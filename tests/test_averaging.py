@@ -17,7 +17,7 @@ from tiny import final_tensors, haste, make_prepared, run_ranks, train_all
 
 from haste_dist import averaging, checkpoint
 from haste_dist.averaging import average_runs
-from haste_dist.config import Config, load_config, save_config
+from haste_dist.config import Config, RewireConfig, load_config, save_config
 from haste_dist.errors import ConfigError, HasteError
 from haste_dist.export import export
 from haste_dist.predictor import Predictor
@@ -99,6 +99,29 @@ def test_weights_are_the_mean_and_the_run_is_whole(pretrained: Config, tmp_path:
     assert [event["step"] for event in read_events(new) if event["event"] == "step"] == [9, 10, 11, 12]
 
 
+def test_where_features_differ_the_mean_keeps_its_largest(pretrained: Config, tmp_path: Path) -> None:
+    def reembedded(config: Config) -> None:
+        config.rewire = RewireConfig(interval=3, until=1.0, fraction=0.5, grow="embeddings")
+        config.encoder.lr = 3e-3
+
+    configs = seeds_of(pretrained, tmp_path, 3, reembedded)
+    train_all(join_world("cpu"), configs)
+    average_runs(tmp_path / "mean", [config.run.folder for config in configs], "last")
+    verify(tmp_path / "mean")
+    runs, mean = [final_tensors(config.run.folder) for config in configs], final_tensors(str(tmp_path / "mean"))
+    assert not torch.equal(runs[0]["tail.index"], runs[1]["tail.index"])
+    lost = 0
+    for group, index_F in enumerate(mean["tail.index"].long()):
+        exact_GM = torch.zeros(16, 32, dtype=torch.float64)
+        for run in runs:
+            exact_GM[:, run["tail.index"][group].long()] += run["tail.weight"][group].double() / 3
+        energy_M = exact_GM.square().sum(0)
+        assert index_F.tolist() == sorted(energy_M.argsort(descending=True)[: len(index_F)].tolist())
+        torch.testing.assert_close(mean["tail.weight"][group].double(), exact_GM[:, index_F], rtol=1e-6, atol=1e-7)
+        lost += len(exact_GM.any(0).nonzero()) > len(index_F)
+    assert lost
+
+
 def test_of_one_frozen_encoder_the_mean_answers_with_the_mean(pretrained: Config, tmp_path: Path) -> None:
     """Then logits are linear in what is averaged."""
     configs = seeds_of(pretrained, tmp_path, 2, frozen)
@@ -176,7 +199,10 @@ def pooled(config: Config) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (rewired, "its groups read other features than those of .*; train the runs with output.start=centroids rewire.interval=0"),
+        (
+            rewired,
+            r"its groups read other features than those of .* \(\d+% in common\), .*; train the runs with output.start=centroids, and",
+        ),
         (pooled, "run-1: encoder.pooling=cls, in .*run-0 it is mean"),
     ],
 )

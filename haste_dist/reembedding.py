@@ -1,0 +1,134 @@
+"""New features and weights for the tail from label embeddings of the encoder as it is by now (rewire.grow=embeddings).
+
+A tail that starts from label embeddings (centroids.py) starts from those of the pretrained encoder; while that is trained, they age. Here
+all training texts are embedded anew, and each group reads the features in which its labels' embeddings of now are largest. A part of each
+label's weights starts anew: its embedding there, as long as they were. The rest is what it has learnt, so far as its group reads the same
+features still. The basis of the tail and its groups stay.
+
+Every rank embeds its share of the texts and keeps all of the embeddings, in half precision on the host: 2 D bytes a text. Label embeddings
+are made a range of rows at a time, twice: their mean comes first.
+
+Letters: n texts, D embedding width, T groups of a range, R = T * G rows of theirs, F fan-in, M features that the tail reads.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from haste_dist import augmentation
+from haste_dist.centroids import largest_features
+from haste_dist.classifier import Classifier
+from haste_dist.collectives import gather_rows, sum_over_ranks
+from haste_dist.config import Config
+from haste_dist.engine import EncoderEngine
+from haste_dist.loader import BatchMaker, Texts, open_texts, scoring_batches
+from haste_dist.model import Prepared
+from haste_dist.rewire import Rewired
+from haste_dist.world import World
+
+NUMBERS = 2**22  # of a range: R * M
+
+
+@dataclass(frozen=True)
+class Range:
+    """Some groups of this rank, and the embeddings of their labels."""
+
+    first: int
+    last: int
+    v_RD: np.ndarray  # float32, rows of length 1, or zero where ``told`` is not
+    told: np.ndarray  # (R,) bool: rows with a label that has a text
+
+
+def reembed(config: Config, prepared: Prepared, engine: EncoderEngine, classifier: Classifier, world: World, share: float) -> Rewired:
+    """Sets features and weights of the tail; ``share`` of each label's weights starts anew. Every rank calls it, after the same step; the
+    outcome depends on their number no more than a training step does. Labels without a text keep their weights."""
+    tail, total = classifier.tail, classifier.shard.all_groups * classifier.config.fan_in
+    if not total:
+        return Rewired(0, 0, share)
+    texts = _texts(config, prepared)
+    order = np.argsort(texts.lengths(), kind="stable")
+    embedded_nD = _embed(config, prepared, engine, texts, world)
+    labels, counts = texts.labels(order)
+    rows = prepared.order.row_of_label[labels] - classifier.shard.tail_start
+    mine = (rows >= 0) & (rows < len(tail.weight) * classifier.shard.group_size)
+    which = np.repeat(np.arange(len(order)), counts)[mine]
+    shape = (len(tail.weight) * classifier.shard.group_size, len(order))
+    y_Rn = sp.csr_matrix((np.ones(len(which), np.float32), (rows[mine], which)), shape)
+
+    mean_D = torch.zeros(embedded_nD.shape[1] + 1, dtype=torch.float64)
+    for part in _ranges(classifier, y_Rn, embedded_nD):
+        mean_D[:-1] += torch.from_numpy(part.v_RD.sum(axis=0, dtype=np.float64))
+        mean_D[-1] += int(part.told.sum())
+    mean_D = sum_over_ranks(mean_D.to(world.device), world.shards)
+    mean_D = (mean_D[:-1] / mean_D[-1].clamp(min=1)).float()
+    replaced = torch.zeros((), dtype=torch.int64, device=world.device)
+    for part in _ranges(classifier, y_Rn, embedded_nD):
+        replaced += _renew(classifier, part, mean_D, share)
+    return Rewired(int(sum_over_ranks(replaced, world.shards)), total, share)
+
+
+def _texts(config: Config, prepared: Prepared) -> Texts:
+    """Those that are trained on, and where labels have texts of their own each of these once."""
+    own = config.groups.label_text and augmentation.SPLIT in prepared.manifest.splits
+    return open_texts(prepared.folder, prepared.manifest, "train", config.data.dev_fraction, config.run.seed, int(own))
+
+
+def _embed(config: Config, prepared: Prepared, engine: EncoderEngine, texts: Texts, world: World) -> np.ndarray:
+    """(n, D) float16, rows of length 1, from the shortest text to the longest: the order of ``scoring_batches``."""
+    pin, most = world.device.type == "cuda", prepared.manifest.splits["train"].max_labels
+    maker = BatchMaker(texts, prepared.order.row_of_label, most, prepared.manifest.tokenizer.pad_id, world.size, world.rank, pin)
+    embedded_nD, at = np.empty((len(texts), engine.width), np.float16), 0
+    for batch in scoring_batches(maker, config.evaluate.batch_size):
+        mask = None if batch.is_full else batch.attention_mask.to(world.device)
+        x_BD = engine.embed(batch.input_ids.to(world.device), mask)
+        x_ND = gather_rows(x_BD, batch.rows, world)
+        embedded_nD[at : at + batch.rows] = torch.nn.functional.normalize(x_ND.float(), dim=1).half().cpu().numpy()
+        at += batch.rows
+    return embedded_nD
+
+
+def _ranges(classifier: Classifier, y_Rn: sp.csr_matrix, embedded_nD: np.ndarray) -> Iterator[Range]:
+    """All groups of this rank, in order. A label's embedding is the mean of its texts', brought to length 1."""
+    groups, size, _ = classifier.tail.weight.shape
+    step = max(1, NUMBERS // (size * classifier.tail_slice.width))
+    for first in range(0, groups, step):
+        last = min(first + step, groups)
+        of_R = y_Rn[first * size : last * size]
+        seen, column = np.unique(of_R.indices, return_inverse=True)
+        here = sp.csr_matrix((of_R.data, column.ravel(), of_R.indptr), (of_R.shape[0], len(seen)))
+        v_RD = here @ embedded_nD[seen].astype(np.float32)
+        length_R1 = np.linalg.norm(v_RD, axis=1, keepdims=True)
+        np.divide(v_RD, length_R1, out=v_RD, where=length_R1 > 0)
+        yield Range(first, last, v_RD, length_R1[:, 0] > 0)
+
+
+def _renew(classifier: Classifier, part: Range, mean_D: Tensor, share: float) -> Tensor:
+    """Sets the range's groups; returns how many connections are new, on the device."""
+    tail, span, device = classifier.tail, classifier.tail_slice, classifier.device
+    told_R1 = torch.from_numpy(part.told).to(device)[:, None]
+    v_RM = ((torch.from_numpy(part.v_RD).to(device) - mean_D) * told_R1)[:, span.start : span.stop]
+    if classifier.basis is not None:
+        v_RM = v_RM @ classifier.basis
+    told_TG1 = told_R1.view(part.last - part.first, -1, 1)
+    old_TF = tail.index[part.first : part.last].long()
+    index_TF, direction_TGF = largest_features(v_RM.reshape(*told_TG1.shape[:2], -1), old_TF.shape[1])
+
+    def moved(values_TGF: Tensor) -> Tensor:
+        """Values of the old features at the new ones; what is at none of them is lost."""
+        whole_TGM = values_TGF.new_zeros(*values_TGF.shape[:2], span.width, dtype=torch.float32)
+        whole_TGM.scatter_(2, old_TF[:, None].expand_as(values_TGF), values_TGF.float())
+        return whole_TGM.gather(2, index_TF[:, None].expand_as(values_TGF))
+
+    weight_TGF = tail.weight[part.first : part.last]
+    length_TG1 = weight_TGF.float().norm(dim=2, keepdim=True)
+    kept_TG1 = torch.where(told_TG1, 1 - share, 1.0)
+    tail.weight[part.first : part.last] = (kept_TG1 * moved(weight_TGF) + share * length_TG1 * direction_TGF).to(tail.weight)
+    if tail.momentum is not None:
+        tail.momentum[part.first : part.last] = (kept_TG1 * moved(tail.momentum[part.first : part.last])).to(tail.momentum)
+    tail.index[part.first : part.last] = index_TF.to(tail.index)
+    read_TM = torch.zeros(len(old_TF), span.width, dtype=torch.bool, device=device).scatter_(1, old_TF, True)
+    return (~read_TM.gather(1, index_TF)).sum()

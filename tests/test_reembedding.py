@@ -1,0 +1,126 @@
+"""rewire.grow=embeddings: features and weights of the tail from label embeddings of the encoder as it is by then, on any ranks."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_basis import with_basis
+from tiny import check_resumed_and_shared, make_prepared, read_losses, run_ranks, train_all
+
+from haste_dist.config import Config, RewireConfig, load_config
+from haste_dist.engine import EncoderEngine
+from haste_dist.loader import open_texts
+from haste_dist.model import make_classifier, make_encoder, open_prepared
+from haste_dist.reembedding import reembed
+from haste_dist.rewire import share_due
+from haste_dist.runlog import read_events
+from haste_dist.train import train
+from haste_dist.world import World, join_world
+
+GROW = ["rewire.grow=embeddings", "rewire.until=1", "rewire.fraction=0.6"]
+
+
+def parts(config: Config, world: World) -> tuple:
+    """What a run has before its first step."""
+    torch.manual_seed(0)
+    prepared = open_prepared(config)
+    engine = EncoderEngine(make_encoder(config, prepared.manifest), config.encoder, world)
+    return prepared, engine, make_classifier(config, prepared.order, engine.width, world)
+
+
+def label_embeddings(config: Config, prepared, engine: EncoderEngine) -> np.ndarray:
+    """(L, D) float64 by loops: the mean of a label's texts, each of length 1, brought to length 1; zero for a label without one."""
+    texts = open_texts(prepared.folder, prepared.manifest, "train", config.data.dev_fraction, config.run.seed)
+    sums_LD = np.zeros((prepared.order.labels, engine.width))
+    for row in range(len(texts)):
+        tokens, _ = texts.tokens(np.array([row]))
+        x_D = engine.embed(torch.from_numpy(tokens.astype(np.int64))[None], None)[0].double().numpy()
+        for label in texts.labels(np.array([row]))[0]:
+            sums_LD[label] += x_D / np.linalg.norm(x_D)
+    length_L1 = np.linalg.norm(sums_LD, axis=1, keepdims=True)
+    return sums_LD / np.where(length_L1 > 0, length_L1, 1)
+
+
+@pytest.mark.parametrize("basis", [False, True])
+def test_features_and_weights_are_those_of_the_definition(tmp_path: Path, basis: bool) -> None:
+    words = [*GROW, "output.momentum=0.5", *([] if basis else ["output.tail_features=[4,28]"])]
+    config = with_basis(tmp_path, *words) if basis else make_prepared(tmp_path, overrides=words)
+    world = join_world("cpu")
+    prepared, engine, classifier = parts(config, world)
+    order, tail, share = prepared.order, classifier.tail, 0.6
+    tail.momentum.normal_()
+    old_weight, old_index, old_momentum = (t.double().numpy().copy() for t in (tail.weight, tail.index, tail.momentum))
+    done = reembed(config, prepared, engine, classifier, world, share)
+
+    v_LD = label_embeddings(config, prepared, engine)
+    label_of = order.label_of_row[order.head_rows :][: tail.weight.shape[0] * 16].reshape(-1, 16)
+    told_TG = (label_of >= 0) & (np.abs(v_LD[np.maximum(label_of, 0)]).sum(2) > 0)
+    mean_D = v_LD[label_of[told_TG]].mean(0)
+    turn = classifier.basis.double().numpy() if basis else np.eye(engine.width)[:, 4:28]
+    untold = new = 0
+    for group, labels in enumerate(label_of):
+        v_GM = np.where(told_TG[group][:, None], v_LD[np.maximum(labels, 0)] - mean_D, 0) @ turn
+        chosen = np.sort(np.argsort(-np.square(v_GM).sum(0))[: config.output.fan_in])
+        assert tail.index[group].tolist() == chosen.tolist()
+        new += len(set(chosen) - set(old_index[group].astype(int)))
+        for row in range(16):
+            before, momentum = np.zeros((2, turn.shape[1]))
+            before[old_index[group].astype(int)], momentum[old_index[group].astype(int)] = old_weight[group, row], old_momentum[group, row]
+            expected, moved = before[chosen], momentum[chosen]
+            untold += labels[row] >= 0 and not told_TG[group, row]
+            if told_TG[group, row]:
+                own = v_GM[row, chosen] / np.linalg.norm(v_GM[row, chosen])
+                expected, moved = (1 - share) * expected + share * np.linalg.norm(before) * own, (1 - share) * moved
+            np.testing.assert_allclose(tail.weight[group, row].numpy(), expected, atol=2e-3)  # embeddings are kept in half precision
+            np.testing.assert_allclose(tail.momentum[group, row].numpy(), moved, atol=1e-5)
+    assert untold
+    assert (label_of < 0).any()  # this problem has labels without a text, and a group that is not full
+    assert (done.replaced, done.connections) == (new, tail.index.numel())
+    assert 0 < new < done.connections
+
+
+def test_it_trains_the_same_on_any_ranks_and_resumes(tmp_path: Path) -> None:
+    one = make_prepared(tmp_path, overrides=[*GROW, "train.max_steps=16", "rewire.interval=5"])
+    plain, replicas = copy.deepcopy(one), copy.deepcopy(one)
+    plain.rewire.interval, plain.run.folder = 0, one.run.folder + "-plain"
+    replicas.launch.label_parallel, replicas.run.folder = 2, one.run.folder + "-replicas"
+    train_all(join_world("cpu"), [one, plain])
+    check_resumed_and_shared(one, stop=9)  # between two of them
+    at_one = copy.deepcopy(one)
+    at_one.run.folder += "-at-one"
+    check_resumed_and_shared_from(at_one, one)
+    run_ranks(4, train_all, [replicas])
+    losses = read_losses(one.run.folder)
+    np.testing.assert_allclose(read_losses(replicas.run.folder), losses, rtol=1e-5)
+    assert read_losses(plain.run.folder)[:5] == losses[:5]
+    assert read_losses(plain.run.folder)[5] != losses[5]
+    events = [event for event in read_events(one.run.folder) if event["event"] == "rewire"]
+    assert [(event["step"], event["fraction"]) for event in events] == [(5, 0.6), (10, 0.6), (15, 0.6)]
+    assert all(0 < event["replaced"] < event["connections"] for event in events)
+
+
+def check_resumed_and_shared_from(broken: Config, one: Config) -> None:
+    """A run that is stopped by the very step after which the tail is made anew has it behind it."""
+    for steps in (10, one.train.max_steps):
+        broken.train.max_steps = steps
+        train_all(join_world("cpu"), [broken])
+    assert read_losses(broken.run.folder) == read_losses(one.run.folder)
+
+
+def test_a_head_alone_embeds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_prepared(tmp_path, overrides=[*GROW, "train.max_steps=8", "output.head_fraction=1"])
+    monkeypatch.setattr("haste_dist.reembedding.scoring_batches", lambda *_: pytest.fail("texts were embedded"))
+    train(config, join_world("cpu"))
+    assert [event["connections"] for event in read_events(config.run.folder) if event["event"] == "rewire"] == [0]
+
+
+def test_the_share_stays_where_replacing_connections_fades() -> None:
+    fading, staying = (RewireConfig(interval=10, until=0.6, fraction=0.5, grow=grow) for grow in ("random", "embeddings"))
+    found = {step: share_due(staying, step, 100) for step in range(101)}
+    assert {step for step, share in found.items() if share} == {10, 20, 30, 40, 50}
+    assert set(found.values()) == {0.0, 0.5}
+    assert all(share_due(fading, step, 100) < 0.5 for step in range(1, 101))
+    with pytest.raises(Exception, match=r"rewire\.grow"):
+        load_config(None, ["rewire.grow=embedings"])
