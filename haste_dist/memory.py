@@ -18,6 +18,7 @@ from haste_dist.config import Config
 from haste_dist.dry_run import EncoderNeeds, dry_run
 from haste_dist.graphs import MOST_TOKENS
 from haste_dist.label_groups import head_size
+from haste_dist.reembedding import NUMBERS
 from haste_dist.replicas import ELEMENTS
 from haste_dist.sharding import label_parts, label_shard
 
@@ -135,12 +136,14 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     if config.train.accumulation > 1:  # gradients of earlier micro-batches
         for name in ("encoder forward", "output layer"):
             phases[name]["gradients"] = gradients
-    if config.rewire.interval:
+    if config.rewire.interval and config.rewire.grow == "embeddings":
+        phases["rewiring"] = {"label embeddings of some groups": 16 * min(NUMBERS, t * output.group_size * tail_width)}
+    elif config.rewire.interval:
         each = 64 * tail_width + output.fan_in * (16 * output.group_size + 32)  # a group's random keys, scores and moved weights
         phases["rewiring"] = {"scores, keys and moved weights of some groups": min(PLAIN_BYTES[facts.device], each * t)}
-        if config.rewire.grow == "gradient":
-            kept = {"kept batches": config.rewire.batches * whole * (tail_width * x_bytes + facts.most_labels * 8)}
-            phases = {name: {**phase, **kept} for name, phase in phases.items()}
+    if config.rewire.interval and config.rewire.grow == "gradient":
+        kept = {"kept batches": config.rewire.batches * whole * (tail_width * x_bytes + facts.most_labels * 8)}
+        phases = {name: {**phase, **kept} for name, phase in phases.items()}
     return MemoryPlan(held, phases, needs)
 
 

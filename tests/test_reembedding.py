@@ -5,12 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from test_basis import with_basis
+from test_centroids import WIDTH
 from tiny import check_resumed_and_shared, make_prepared, read_losses, run_ranks, train_all
 
+from haste_dist import reembedding
 from haste_dist.config import Config, RewireConfig, load_config
 from haste_dist.engine import EncoderEngine
+from haste_dist.live_bytes import LiveBytes
 from haste_dist.loader import open_texts
 from haste_dist.model import make_classifier, make_encoder, open_prepared
 from haste_dist.reembedding import reembed
@@ -79,6 +83,26 @@ def test_features_and_weights_are_those_of_the_definition(tmp_path: Path, basis:
     assert (label_of < 0).any()  # this problem has labels without a text, and a group that is not full
     assert (done.replaced, done.connections) == (new, tail.index.numel())
     assert 0 < new < done.connections
+
+
+def test_ranges_change_nothing_and_hold_what_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, world = with_basis(tmp_path, *GROW), join_world("cpu")
+    found = []
+    for numbers in (2**22, 2 * 16 * WIDTH):
+        monkeypatch.setattr(reembedding, "NUMBERS", numbers)
+        prepared, engine, classifier = parts(config, world)
+        reembed(config, prepared, engine, classifier, world, 0.6)
+        found.append((classifier.tail.index, classifier.tail.weight))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
+    with LiveBytes([classifier.basis, *(t for t, _ in classifier.tensors().values())]) as live:
+        texts = sp.csr_matrix((np.ones(32, np.float32), (np.arange(32), np.arange(32))), (len(classifier.tail.weight) * 16, 32))
+        part = next(reembedding._ranges(classifier, texts, np.random.default_rng(0).standard_normal((32, WIDTH)).astype(np.float16)))
+        assert part.last - part.first == 2
+        before = live.now
+        live.restart()
+        reembedding._renew(classifier, part, torch.zeros(WIDTH), 0.5)
+    assert 8 * numbers < live.peak - before < 16 * numbers  # as memory.py plans
 
 
 def test_it_trains_the_same_on_any_ranks_and_resumes(tmp_path: Path) -> None:
