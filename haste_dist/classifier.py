@@ -6,7 +6,8 @@ rows (replicas.py) N is the rows that this replica has of the global batch.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from haste_kernels import STORED, HeadState, Positives, StepArgs, TailState, hea
 HEAD_DROPOUT, TAIL_DROPOUT = 11, 12  # streams of the dropout masks
 HEAD_WEIGHT, TAIL_WEIGHT = 21, 22  # streams of the initial weights
 INT16_WIDTH = 2**15
+LEFT_OUT = -1e30  # the bias of rows that are not to be answered; real scores are far above
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,21 @@ class Classifier:
         head = self.head if self.head.weight.shape[0] else None
         tail = self.tail if self.tail.rows else None
         return topk(self._sliced(x_ND, self.head_slice), self._turned(self._sliced(x_ND, self.tail_slice)), head, tail, k)
+
+    @contextmanager
+    def leaving_out(self, rows: Tensor) -> Iterator[None]:
+        """While it is entered ``topk`` answers with these global ``rows`` (n,) int64 behind all others, and scores them about LEFT_OUT."""
+        kept = [(state, state.bias) for state in (self.head, self.tail)] if len(rows) else []
+        for state, bias in kept:
+            masked = torch.zeros(state.weight.shape[:-1], device=self.device) if bias is None else bias.clone()
+            here = rows.to(self.device) - state.first_row
+            masked.view(-1)[here[(here >= 0) & (here < masked.numel())]] = LEFT_OUT
+            state.bias = masked
+        try:
+            yield
+        finally:
+            for state, bias in kept:
+                state.bias = bias
 
     def tensors(self) -> dict[str, tuple[Tensor, int]]:
         """Everything that the next step needs: name to (tensor, global position of its first entry along axis 0)."""

@@ -235,7 +235,8 @@ class EvaluateConfig:
     split: str = setting("test", "texts that are scored", choices=("test", "dev", "train"))
     labels: str = setting(
         "all",
-        "true labels that count: all, or those seen in training (texts left without a label are not scored, as in many test splits)",
+        "labels that count, as true ones and as answers: all, or those seen in training (texts left without a label are not scored), as in "
+        "many test splits",
         choices=("all", "seen"),
     )
     batch_size: int = setting(256, "texts scored at once over all ranks", low=1)

@@ -21,7 +21,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from haste_dist.classifier import Classifier
+from haste_dist.classifier import LEFT_OUT, Classifier
 from haste_dist.collectives import sum_over_ranks
 from haste_dist.config import Config
 from haste_dist.engine import EncoderEngine
@@ -209,20 +209,24 @@ def evaluate_texts(
         scores_NK, rows_NK = predict_batch(engine, classifier, batch, world, k)
         start, stop, _ = batch_share(batch.rows, world.size, world.rank)
         rows = rows_NK[start:stop].cpu().numpy()
-        return np.where(rows >= 0, order.label_of_row[rows], -1), scores_NK[start:stop].cpu().numpy()
+        scores = scores_NK[start:stop].cpu().numpy()
+        answered = (rows >= 0) & (scores > LEFT_OUT / 2)
+        return np.where(answered, order.label_of_row[rows], -1), np.where(answered, scores, np.float32(-np.inf))
 
     def sum_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return sum_over_ranks(torch.from_numpy(values).to(world.device), world).cpu().numpy()
 
-    result = evaluate_split(
-        score,
-        scoring_batches(maker, config.evaluate.batch_size, limit),
-        _truth(config, prepared, split),
-        _propensity(config, prepared),
-        filters=load_filters(prepared.folder, split),
-        sum_ranks=sum_ranks,
-        keep=keep,
-    )
+    unseen = np.flatnonzero(load_frequency(prepared.folder) == 0) if config.evaluate.labels == "seen" else np.zeros(0, np.int64)
+    with classifier.leaving_out(torch.from_numpy(order.row_of_label[unseen])):
+        result = evaluate_split(
+            score,
+            scoring_batches(maker, config.evaluate.batch_size, limit),
+            _truth(config, prepared, split),
+            _propensity(config, prepared),
+            filters=load_filters(prepared.folder, split),
+            sum_ranks=sum_ranks,
+            keep=keep,
+        )
     return {**result, "seconds": time.perf_counter() - started}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from contextlib import ExitStack
 
 import hypothesis.strategies as st
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from tiny import run_ranks
 from torch import Tensor
 
-from haste_dist.classifier import HEAD_DROPOUT, TAIL_DROPOUT, Classifier, counted_from, sort_positives
+from haste_dist.classifier import HEAD_DROPOUT, LEFT_OUT, TAIL_DROPOUT, Classifier, counted_from, sort_positives
 from haste_dist.config import RewireConfig, load_config
 from haste_dist.errors import ConfigError
 from haste_dist.live_bytes import LiveBytes
@@ -126,6 +127,28 @@ def test_the_gradient_passes_the_mask_that_the_input_passed() -> None:
         setattr(part, other, dataclasses.replace(getattr(part, other), weight=getattr(part, other).weight[:0]))
         expected += part.step(x_ND * mask, rows_NM, 0.0, 3)[0] * mask
     torch.testing.assert_close(dx, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", ["true", "false"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_rows_that_are_left_out_are_answered_behind_all_others(ranks: int, bias: str) -> None:
+    parts, (x_ND, _) = classifiers(ranks, f"output.bias={bias}", "output.bias_init=-1" if bias == "true" else "output.lr=1"), batch()
+    out = torch.tensor([0, 7, HEAD, HEAD + 1, LABELS - 1])
+
+    def answers() -> tuple[Tensor, Tensor]:
+        found = [part.topk(x_ND, LABELS) for part in parts]
+        return merge_topk(torch.cat([f[0] for f in found], 1), torch.cat([f[1] for f in found], 1), LABELS)
+
+    scores, rows = answers()
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(part.leaving_out(out))
+        fewer_scores, fewer_rows = answers()
+    left = ~torch.isin(rows, out)
+    assert torch.equal(fewer_rows[:, :-5], rows[left].view(N, -1))
+    assert torch.equal(fewer_scores[:, :-5], scores[left].view(N, -1))
+    assert (fewer_scores[:, -5:] < LEFT_OUT / 2).all()
+    assert all(map(torch.equal, answers(), (scores, rows)))  # and none is once it is left
 
 
 def test_momentum_none_holds_no_state() -> None:

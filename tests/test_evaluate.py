@@ -24,6 +24,7 @@ from haste_dist.evaluate import (
     evaluate_split,
     evaluate_texts,
     load_filters,
+    load_frequency,
     position_batches,
     print_metrics,
     write_evaluation,
@@ -226,6 +227,27 @@ def score_and_write(world: World, config: Config, out: str) -> None:
     some = evaluate_texts(config, prepared, engine, classifier, world, "test", limit=9)
     page = {"all": result, "some": some, "rows": np.concatenate([rows for rows, _ in kept]).tolist()}
     (Path(out) / f"{world.size}-{world.rank}.json").write_text(json.dumps(page))
+
+
+def test_labels_never_trained_on_are_no_answer(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path, texts=60, overrides=["evaluate.labels=seen"])
+    prepared, world = open_prepared(config), join_world("cpu")
+    encoder = make_encoder(config, prepared.manifest)
+    classifier, engine = make_classifier(config, prepared.order, encoder.width, world), frozen_engine(config, encoder, world)
+    unseen = np.flatnonzero(load_frequency(prepared.folder) == 0)
+    assert len(unseen) > 9
+    found: dict[str, np.ndarray] = {}
+    for labels in ("all", "seen"):
+        config.evaluate.labels = labels
+        kept: list[np.ndarray] = []
+        evaluate_texts(
+            config, prepared, engine, classifier, world, "test", keep=lambda rows, true, labels, scores, kept=kept: kept.append(labels)
+        )
+        found[labels] = np.concatenate(kept)
+    assert np.isin(found["all"], unseen).any()
+    assert not np.isin(found["seen"], unseen).any()
+    answered = 101 - len(unseen)
+    assert ((found["seen"] >= 0).sum(1) == min(answered, found["seen"].shape[1])).all()
 
 
 def test_one_and_two_ranks_agree_on_a_prepared_folder(tmp_path: Path) -> None:

@@ -84,6 +84,15 @@ def test_chunks_and_zero_weights(monkeypatch) -> None:
     check_exact(x, head, tail, 128)
 
 
+def test_rows_that_are_left_out() -> None:
+    """By a bias far below all scores (Classifier.leaving_out): what is left is exact."""
+    x, head, tail = make(700, 16, 5, 3000, 200, 64, 300, torch.bfloat16, 3, True)
+    head.bias[::3] = tail.bias[::2, 5:] = -1e30
+    check_exact(x, head, tail, 100)
+    head.bias[3:] = tail.bias[:] = -1e30  # two rows are left
+    check_exact(x, head, tail, 100)
+
+
 @pytest.mark.parametrize("n", [16, 200])  # the two kinds of tensor core instructions
 @pytest.mark.parametrize("size", [16, 64, 128])
 def test_same_bits_for_any_sharding(size: int, n: int) -> None:
