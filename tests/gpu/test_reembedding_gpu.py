@@ -25,9 +25,10 @@ def renewed(config: Config, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return classifier.tail.index.cpu(), classifier.tail.weight.cpu().float()
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-3), ("bfloat16", 0.02), ("float8", 0.15)])
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-3), ("bfloat16", 2e-3), ("float8", 0.035)])
 def test_features_and_weights_are_those_of_a_cpu(tmp_path: Path, dtype: str, atol: float) -> None:
-    words = [*GROW, "encoder.precision=float32", f"output.weight_dtype={dtype}", "output.momentum=0"]
+    # Frozen, for DeepSpeed moves an encoder to the GPU wherever there is one.
+    words = [*GROW, "encoder.frozen=true", "encoder.precision=float32", f"output.weight_dtype={dtype}", "output.momentum=0"]
     config = make_prepared(tmp_path, overrides=words)
     (slow_TF, slow_TGF), (fast_TF, fast_TGF) = (renewed(config, device) for device in ("cpu", "cuda"))
     same_T = (slow_TF == fast_TF).all(1)  # embeddings differ by rounding, and so may which of two nearly equal features is taken
@@ -40,9 +41,13 @@ def test_it_resumes_to_the_bit(tmp_path: Path) -> None:
     one = make_prepared(tmp_path, overrides=[*words, "run.deterministic=true"])
     broken = copy.deepcopy(one)
     broken.run.folder += "-broken"
-    train_all(join_world("cuda"), [one])
-    for steps in (9, 16):
-        broken.train.max_steps = steps
-        train_all(join_world("cuda"), [broken])
+    try:
+        train_all(join_world("cuda"), [one])
+        for steps in (9, 16):
+            broken.train.max_steps = steps
+            train_all(join_world("cuda"), [broken])
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
     assert len(read_losses(one.run.folder)) == 16
     assert read_losses(broken.run.folder) == read_losses(one.run.folder)
