@@ -63,9 +63,14 @@ def write_twins(folder: Path, manifest: Manifest) -> int:
     return int((table[:, 1] < 0).sum())
 
 
+def has_label_texts(folder: Path, manifest: Manifest) -> bool:
+    """Whether prepare has made a split of label texts."""
+    return SPLIT in manifest.splits and (folder / TWINS).is_file()
+
+
 def check_label_texts(folder: Path, manifest: Manifest) -> None:
     """Raises ConfigError where prepare has made no split of label texts."""
-    if SPLIT not in manifest.splits or not (folder / TWINS).is_file():
+    if not has_label_texts(folder, manifest):
         raise ConfigError(f"{folder}: was prepared without label texts as training texts; run haste prepare with data.label_texts=1")
 
 

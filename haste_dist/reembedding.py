@@ -19,7 +19,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from haste_dist import augmentation
+from haste_dist.augmentation import has_label_texts
 from haste_dist.centroids import largest_features
 from haste_dist.classifier import Classifier
 from haste_dist.collectives import gather_rows, sum_over_ranks
@@ -73,7 +73,7 @@ def reembed(config: Config, prepared: Prepared, engine: EncoderEngine, classifie
 
 def _texts(config: Config, prepared: Prepared) -> Texts:
     """Those that are trained on, and where labels have texts of their own each of these once."""
-    own = config.groups.label_text and augmentation.SPLIT in prepared.manifest.splits
+    own = config.groups.label_text and has_label_texts(prepared.folder, prepared.manifest)
     return open_texts(prepared.folder, prepared.manifest, "train", config.data.dev_fraction, config.run.seed, int(own))
 
 

@@ -265,10 +265,10 @@ def _train(config: Config, world: World, wants_stop: Callable[[], bool]) -> Outc
                 log.event("skipped", step=state.step, skipped=state.skipped, left=config.train.skip_batches - state.skipped)
             if share := share_due(config.rewire, state.step, plan.total):
                 if config.rewire.grow == "embeddings":
-                    done = reembed(config, prepared, engine, classifier, world, share)
+                    done, of = reembed(config, prepared, engine, classifier, world, share), {"renewed": share}
                 else:
-                    done = rewire(classifier, config.rewire, share, state.step, world)
-                log.event("rewire", step=state.step, replaced=done.replaced, connections=done.connections, fraction=share)
+                    done, of = rewire(classifier, config.rewire, share, state.step, world), {"fraction": share}
+                log.event("rewire", step=state.step, replaced=done.replaced, connections=done.connections, **of)
             timer.stepped()
             profile.stepped(state.step)
             if logged and loss is not None:

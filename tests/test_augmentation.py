@@ -11,11 +11,14 @@ from in_turn import contents, read_in_turn, run_in_turn, settings
 from raw_sources import make_texts, make_wordpiece, write_lines, write_source, write_table
 
 import haste_dist.prepare
+from haste_dist import reembedding
 from haste_dist.augmentation import SPLIT, TWINS, kept_rows
 from haste_dist.config import Config
 from haste_dist.errors import ConfigError
+from haste_dist.label_groups import LabelOrder
 from haste_dist.loader import BatchMaker, open_texts
 from haste_dist.manifest import LABEL_SCHEMA, Manifest, open_split, read_arrow, read_manifest
+from haste_dist.model import Prepared
 from haste_dist.prepare import prepare
 from haste_dist.readers import training_batches
 from haste_dist.train import check_run
@@ -80,6 +83,16 @@ def test_both_readers_deliver_every_label_text_but_test_texts(tmp_path: Path, wo
     assert own[0][0] in {tokens for tokens, _ in rows_of(config, manifest, "test")}
     assert an_epoch(config, manifest) == an_epoch(settings(*words, "data.reader=ray"), manifest) == expected
     verify(config.data.prepared)
+
+
+def test_label_embeddings_made_anew_take_each_label_text_once(tmp_path: Path, wordpiece: Path) -> None:
+    config = settings(source(tmp_path / "source"), tmp_path / "prepared", wordpiece, "data.label_texts=2")
+    manifest = prepare(config)
+    order = LabelOrder(np.arange(LABELS), np.arange(LABELS), 0, 0, 1, np.ones(LABELS, np.int64))
+    prepared = Prepared(Path(config.data.prepared), manifest, order)
+    assert len(reembedding._texts(config, prepared)) == 51 + LABELS - 1  # the text of label 0 is a test text
+    config.groups.label_text = False
+    assert len(reembedding._texts(config, prepared)) == 51
 
 
 def test_a_dev_text_is_no_training_text_by_its_label(tmp_path: Path, wordpiece: Path) -> None:

@@ -121,7 +121,7 @@ def test_it_trains_the_same_on_any_ranks_and_resumes(tmp_path: Path) -> None:
     assert read_losses(plain.run.folder)[:5] == losses[:5]
     assert read_losses(plain.run.folder)[5] != losses[5]
     events = [event for event in read_events(one.run.folder) if event["event"] == "rewire"]
-    assert [(event["step"], event["fraction"]) for event in events] == [(5, 0.6), (10, 0.6), (15, 0.6)]
+    assert [(event["step"], event["renewed"]) for event in events] == [(5, 0.6), (10, 0.6), (15, 0.6)]
     assert all(0 < event["replaced"] < event["connections"] for event in events)
 
 
