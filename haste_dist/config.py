@@ -192,6 +192,7 @@ class RewireConfig:
         "as it is by then are largest (prune does not count)",
         choices=("random", "gradient", "embeddings"),
     )
+    head: bool = setting(False, "grow=embeddings: rows of the dense head start anew as well")
     batches: int = setting(4, "batches whose gradients choose the new features: the last ones before a rewiring", low=1)
 
 

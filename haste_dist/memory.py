@@ -137,7 +137,7 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         for name in ("encoder forward", "output layer"):
             phases[name]["gradients"] = gradients
     if config.rewire.interval and config.rewire.grow == "embeddings":
-        phases["rewiring"] = {"label embeddings of some groups": 16 * min(NUMBERS, t * output.group_size * tail_width)}
+        phases["rewiring"] = {"label embeddings of some groups": 16 * min(NUMBERS, t * output.group_size * tail_width + h * d)}
     elif config.rewire.interval:
         each = 64 * tail_width + output.fan_in * (16 * output.group_size + 32)  # a group's random keys, scores and moved weights
         phases["rewiring"] = {"scores, keys and moved weights of some groups": min(PLAIN_BYTES[facts.device], each * t)}

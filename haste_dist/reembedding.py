@@ -3,7 +3,7 @@
 A tail that starts from label embeddings (centroids.py) starts from those of the pretrained encoder; while that is trained, they age. Here
 all training texts are embedded anew, and each group reads the features in which its labels' embeddings of now are largest. A part of each
 label's weights starts anew: its embedding there, as long as they were. The rest is what it has learnt, so far as its group reads the same
-features still. The basis of the tail and its groups stay.
+features still. The basis of the tail and its groups stay. With ``rewire.head`` rows of the dense head start anew likewise.
 
 Every rank embeds its share of the texts and keeps all of the embeddings, in half precision on the host: 2 D bytes a text. Label embeddings
 are made a range of rows at a time, twice: their mean comes first.
@@ -11,6 +11,7 @@ are made a range of rows at a time, twice: their mean comes first.
 Letters: n texts, D embedding width, T groups of a range, R = T * G rows of theirs, F fan-in, M features that the tail reads.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from haste_dist.augmentation import has_label_texts
 from haste_dist.centroids import largest_features
-from haste_dist.classifier import Classifier
+from haste_dist.classifier import Classifier, Slice
 from haste_dist.collectives import gather_rows, sum_over_ranks
 from haste_dist.config import Config
 from haste_dist.engine import EncoderEngine
@@ -35,7 +36,7 @@ NUMBERS = 2**22  # of a range: R * M
 
 @dataclass(frozen=True)
 class Range:
-    """Some groups of this rank, and the embeddings of their labels."""
+    """Some rows of this rank's tail or head, and the embeddings of their labels."""
 
     first: int
     last: int
@@ -44,30 +45,40 @@ class Range:
 
 
 def reembed(config: Config, prepared: Prepared, engine: EncoderEngine, classifier: Classifier, world: World, share: float) -> Rewired:
-    """Sets features and weights of the tail; ``share`` of each label's weights starts anew. Every rank calls it, after the same step; the
-    outcome depends on their number no more than a training step does. Labels without a text keep their weights."""
-    tail, total = classifier.tail, classifier.shard.all_groups * classifier.config.fan_in
-    if not total:
+    """Sets features and weights of the tail, and with ``rewire.head`` weights of the head; ``share`` of each label's weights starts anew.
+    Every rank calls it, after the same step; the outcome depends on their number no more than a training step does. Labels without a text
+    keep their weights."""
+    shard = classifier.shard
+    total = shard.all_groups * classifier.config.fan_in
+    with_head = config.rewire.head and prepared.order.head_rows > 0
+    if not total and not with_head:
         return Rewired(0, 0, share)
     texts = _texts(config, prepared)
     order = np.argsort(texts.lengths(), kind="stable")
     embedded_nD = _embed(config, prepared, engine, texts, world)
     labels, counts = texts.labels(order)
-    rows = prepared.order.row_of_label[labels] - classifier.shard.tail_start
-    mine = (rows >= 0) & (rows < len(tail.weight) * classifier.shard.group_size)
-    which = np.repeat(np.arange(len(order)), counts)[mine]
-    shape = (len(tail.weight) * classifier.shard.group_size, len(order))
-    y_Rn = sp.csr_matrix((np.ones(len(which), np.float32), (rows[mine], which)), shape)
+    rows, which = prepared.order.row_of_label[labels], np.repeat(np.arange(len(order)), counts)
 
+    def texts_of(start: int, stop: int) -> sp.csr_matrix:
+        """Which texts rows ``start`` to ``stop`` have, (R, n)."""
+        here = (rows >= start) & (rows < stop)
+        return sp.csr_matrix((np.ones(int(here.sum()), np.float32), (rows[here] - start, which[here])), (stop - start, len(order)))
+
+    groups, size, _ = classifier.tail.weight.shape
+    tail_Rn = texts_of(shard.tail_start, shard.tail_start + groups * size)
+    head_Rn = texts_of(shard.head_start, shard.head_start + len(classifier.head.weight) if with_head else shard.head_start)
+    step = max(1, NUMBERS // (size * classifier.tail_slice.width)) * size
     mean_D = torch.zeros(embedded_nD.shape[1] + 1, dtype=torch.float64)
-    for part in _ranges(classifier, y_Rn, embedded_nD):
+    for part in itertools.chain(_ranges(tail_Rn, embedded_nD, step), _ranges(head_Rn, embedded_nD, step)):
         mean_D[:-1] += torch.from_numpy(part.v_RD.sum(axis=0, dtype=np.float64))
         mean_D[-1] += int(part.told.sum())
     mean_D = sum_over_ranks(mean_D.to(world.device), world.shards)
     mean_D = (mean_D[:-1] / mean_D[-1].clamp(min=1)).float()
     replaced = torch.zeros((), dtype=torch.int64, device=world.device)
-    for part in _ranges(classifier, y_Rn, embedded_nD):
-        replaced += _renew(classifier, part, mean_D, share)
+    for part in _ranges(tail_Rn, embedded_nD, step):
+        replaced += _renew_tail(classifier, part, mean_D, share)
+    for part in _ranges(head_Rn, embedded_nD, step):
+        _renew_head(classifier, part, mean_D, share)
     return Rewired(int(sum_over_ranks(replaced, world.shards)), total, share)
 
 
@@ -91,13 +102,12 @@ def _embed(config: Config, prepared: Prepared, engine: EncoderEngine, texts: Tex
     return embedded_nD
 
 
-def _ranges(classifier: Classifier, y_Rn: sp.csr_matrix, embedded_nD: np.ndarray) -> Iterator[Range]:
-    """All groups of this rank, in order. A label's embedding is the mean of its texts', brought to length 1."""
-    groups, size, _ = classifier.tail.weight.shape
-    step = max(1, NUMBERS // (size * classifier.tail_slice.width))
-    for first in range(0, groups, step):
-        last = min(first + step, groups)
-        of_R = y_Rn[first * size : last * size]
+def _ranges(y_Rn: sp.csr_matrix, embedded_nD: np.ndarray, step: int) -> Iterator[Range]:
+    """All rows of ``y_Rn``, ``step`` at a time. A label's embedding is the mean of its texts', brought to length 1."""
+    rows = y_Rn.shape[0]
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        of_R = y_Rn[first:last]
         seen, column = np.unique(of_R.indices, return_inverse=True)
         here = sp.csr_matrix((of_R.data, column.ravel(), of_R.indptr), (of_R.shape[0], len(seen)))
         v_RD = here @ embedded_nD[seen].astype(np.float32)
@@ -106,15 +116,23 @@ def _ranges(classifier: Classifier, y_Rn: sp.csr_matrix, embedded_nD: np.ndarray
         yield Range(first, last, v_RD, length_R1[:, 0] > 0)
 
 
-def _renew(classifier: Classifier, part: Range, mean_D: Tensor, share: float) -> Tensor:
+def _centred(part: Range, mean_D: Tensor, span: Slice) -> tuple[Tensor, Tensor]:
+    """The rows' embeddings beside the mean, in the features of ``span``, zero where a label has no text; and (R, 1) where it has one."""
+    told_R1 = torch.from_numpy(part.told).to(mean_D.device)[:, None]
+    v_RD = (torch.from_numpy(part.v_RD).to(mean_D.device) - mean_D) * told_R1
+    return v_RD[:, span.start : span.stop], told_R1
+
+
+def _renew_tail(classifier: Classifier, part: Range, mean_D: Tensor, share: float) -> Tensor:
     """Sets the range's groups; returns how many connections are new, on the device."""
-    tail, span, device = classifier.tail, classifier.tail_slice, classifier.device
-    told_R1 = torch.from_numpy(part.told).to(device)[:, None]
-    v_RM = ((torch.from_numpy(part.v_RD).to(device) - mean_D) * told_R1)[:, span.start : span.stop]
+    tail, span = classifier.tail, classifier.tail_slice
+    v_RM, told_R1 = _centred(part, mean_D, span)
     if classifier.basis is not None:
         v_RM = v_RM @ classifier.basis
-    told_TG1 = told_R1.view(part.last - part.first, -1, 1)
-    old_TF = tail.index[part.first : part.last].long()
+    size = tail.weight.shape[1]
+    groups = slice(part.first // size, part.last // size)
+    told_TG1 = told_R1.view(-1, size, 1)
+    old_TF = tail.index[groups].long()
     index_TF, direction_TGF = largest_features(v_RM.reshape(*told_TG1.shape[:2], -1), old_TF.shape[1])
 
     def moved(values_TGF: Tensor) -> Tensor:
@@ -123,12 +141,23 @@ def _renew(classifier: Classifier, part: Range, mean_D: Tensor, share: float) ->
         whole_TGM.scatter_(2, old_TF[:, None].expand_as(values_TGF), values_TGF.float())
         return whole_TGM.gather(2, index_TF[:, None].expand_as(values_TGF))
 
-    weight_TGF = tail.weight[part.first : part.last]
-    length_TG1 = weight_TGF.float().norm(dim=2, keepdim=True)
+    length_TG1 = tail.weight[groups].float().norm(dim=2, keepdim=True)
     kept_TG1 = torch.where(told_TG1, 1 - share, 1.0)
-    tail.weight[part.first : part.last] = (kept_TG1 * moved(weight_TGF) + share * length_TG1 * direction_TGF).to(tail.weight)
+    tail.weight[groups] = (kept_TG1 * moved(tail.weight[groups]) + share * length_TG1 * direction_TGF).to(tail.weight)
     if tail.momentum is not None:
-        tail.momentum[part.first : part.last] = (kept_TG1 * moved(tail.momentum[part.first : part.last])).to(tail.momentum)
-    tail.index[part.first : part.last] = index_TF.to(tail.index)
-    read_TM = torch.zeros(len(old_TF), span.width, dtype=torch.bool, device=device).scatter_(1, old_TF, True)
+        tail.momentum[groups] = (kept_TG1 * moved(tail.momentum[groups])).to(tail.momentum)
+    tail.index[groups] = index_TF.to(tail.index)
+    read_TM = torch.zeros(len(old_TF), span.width, dtype=torch.bool, device=old_TF.device).scatter_(1, old_TF, True)
     return (~read_TM.gather(1, index_TF)).sum()
+
+
+def _renew_head(classifier: Classifier, part: Range, mean_D: Tensor, share: float) -> None:
+    """Sets the range's rows, which read all features of the head's slice."""
+    head, rows = classifier.head, slice(part.first, part.last)
+    v_RD, told_R1 = _centred(part, mean_D, classifier.head_slice)
+    kept_R1 = torch.where(told_R1, 1 - share, 1.0)
+    weight_RD = head.weight[rows].float()
+    direction_RD = torch.nn.functional.normalize(v_RD, dim=1)
+    head.weight[rows] = (kept_R1 * weight_RD + share * weight_RD.norm(dim=1, keepdim=True) * direction_RD).to(head.weight)
+    if head.momentum is not None:
+        head.momentum[rows] = (kept_R1 * head.momentum[rows].float()).to(head.momentum)

@@ -47,21 +47,30 @@ def label_embeddings(config: Config, prepared, engine: EncoderEngine) -> np.ndar
     return sums_LD / np.where(length_L1 > 0, length_L1, 1)
 
 
-@pytest.mark.parametrize("basis", [False, True])
-def test_features_and_weights_are_those_of_the_definition(tmp_path: Path, basis: bool) -> None:
-    words = [*GROW, "output.momentum=0.5", *([] if basis else ["output.tail_features=[4,28]"])]
+@pytest.mark.parametrize(("basis", "head"), [(False, False), (True, False), (False, True), (True, True)])
+def test_features_and_weights_are_those_of_the_definition(tmp_path: Path, basis: bool, head: bool) -> None:
+    words = [
+        *GROW,
+        "output.momentum=0.5",
+        f"rewire.head={head}",
+        *([] if basis else ["output.tail_features=[4,28]", "output.head_features=[2,30]"]),
+    ]
     config = with_basis(tmp_path, *words) if basis else make_prepared(tmp_path, overrides=words)
     world = join_world("cpu")
     prepared, engine, classifier = parts(config, world)
     order, tail, share = prepared.order, classifier.tail, 0.6
-    tail.momentum.normal_()
+    for state in (tail, classifier.head):
+        state.momentum.normal_()
+    old_head, old_head_momentum = classifier.head.weight.double().numpy().copy(), classifier.head.momentum.double().numpy().copy()
     old_weight, old_index, old_momentum = (t.double().numpy().copy() for t in (tail.weight, tail.index, tail.momentum))
     done = reembed(config, prepared, engine, classifier, world, share)
 
     v_LD = label_embeddings(config, prepared, engine)
     label_of = order.label_of_row[order.head_rows :][: tail.weight.shape[0] * 16].reshape(-1, 16)
     told_TG = (label_of >= 0) & (np.abs(v_LD[np.maximum(label_of, 0)]).sum(2) > 0)
-    mean_D = v_LD[label_of[told_TG]].mean(0)
+    of_head = order.label_of_row[: order.head_rows]
+    mean_D = v_LD[np.concatenate([label_of[told_TG], of_head if head else of_head[:0]])].mean(0)
+    assert np.abs(v_LD[of_head]).sum(1).all()
     turn = classifier.basis.double().numpy() if basis else np.eye(engine.width)[:, 4:28]
     untold = new = 0
     for group, labels in enumerate(label_of):
@@ -79,6 +88,10 @@ def test_features_and_weights_are_those_of_the_definition(tmp_path: Path, basis:
                 expected, moved = (1 - share) * expected + share * np.linalg.norm(before) * own, (1 - share) * moved
             np.testing.assert_allclose(tail.weight[group, row].numpy(), expected, atol=2e-3)  # embeddings are kept in half precision
             np.testing.assert_allclose(tail.momentum[group, row].numpy(), moved, atol=1e-5)
+    own_RD = (v_LD[of_head] - mean_D)[:, slice(None) if basis else slice(2, 30)]
+    own_RD *= np.linalg.norm(old_head, axis=1, keepdims=True) / np.linalg.norm(own_RD, axis=1, keepdims=True)
+    np.testing.assert_allclose(classifier.head.weight.numpy(), 0.4 * old_head + 0.6 * own_RD if head else old_head, atol=2e-3)
+    np.testing.assert_allclose(classifier.head.momentum.numpy(), 0.4 * old_head_momentum if head else old_head_momentum, atol=1e-5)
     assert untold
     assert (label_of < 0).any()  # this problem has labels without a text, and a group that is not full
     assert (done.replaced, done.connections) == (new, tail.index.numel())
@@ -97,16 +110,15 @@ def test_ranges_change_nothing_and_hold_what_was_planned(tmp_path: Path, monkeyp
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
     with LiveBytes([classifier.basis, *(t for t, _ in classifier.tensors().values())]) as live:
         texts = sp.csr_matrix((np.ones(32, np.float32), (np.arange(32), np.arange(32))), (len(classifier.tail.weight) * 16, 32))
-        part = next(reembedding._ranges(classifier, texts, np.random.default_rng(0).standard_normal((32, WIDTH)).astype(np.float16)))
-        assert part.last - part.first == 2
+        part = next(reembedding._ranges(texts, np.random.default_rng(0).standard_normal((32, WIDTH)).astype(np.float16), 32))
         before = live.now
         live.restart()
-        reembedding._renew(classifier, part, torch.zeros(WIDTH), 0.5)
+        reembedding._renew_tail(classifier, part, torch.zeros(WIDTH), 0.5)
     assert 8 * numbers < live.peak - before < 16 * numbers  # as memory.py plans
 
 
 def test_it_trains_the_same_on_any_ranks_and_resumes(tmp_path: Path) -> None:
-    one = make_prepared(tmp_path, overrides=[*GROW, "train.max_steps=16", "rewire.interval=5"])
+    one = make_prepared(tmp_path, overrides=[*GROW, "rewire.head=true", "train.max_steps=16", "rewire.interval=5"])
     plain, replicas = copy.deepcopy(one), copy.deepcopy(one)
     plain.rewire.interval, plain.run.folder = 0, one.run.folder + "-plain"
     replicas.launch.label_parallel, replicas.run.folder = 2, one.run.folder + "-replicas"
@@ -133,11 +145,17 @@ def check_resumed_and_shared_from(broken: Config, one: Config) -> None:
     assert read_losses(broken.run.folder) == read_losses(one.run.folder)
 
 
-def test_a_head_alone_embeds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_alone_embeds_nothing_unless_it_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_prepared(tmp_path, overrides=[*GROW, "train.max_steps=8", "output.head_fraction=1"])
+    anew = copy.deepcopy(config)
+    anew.rewire.head, anew.run.folder = True, config.run.folder + "-anew"
+    train(anew, join_world("cpu"))
     monkeypatch.setattr("haste_dist.reembedding.scoring_batches", lambda *_: pytest.fail("texts were embedded"))
     train(config, join_world("cpu"))
-    assert [event["connections"] for event in read_events(config.run.folder) if event["event"] == "rewire"] == [0]
+    for one in (config, anew):
+        assert [event["connections"] for event in read_events(one.run.folder) if event["event"] == "rewire"] == [0]
+    assert read_losses(config.run.folder)[:7] == read_losses(anew.run.folder)[:7]
+    assert read_losses(config.run.folder)[7] != read_losses(anew.run.folder)[7]
 
 
 def test_the_share_stays_where_replacing_connections_fades() -> None:

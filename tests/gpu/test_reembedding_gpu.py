@@ -37,7 +37,15 @@ def test_features_and_weights_are_those_of_a_cpu(tmp_path: Path, dtype: str, ato
 
 
 def test_it_resumes_to_the_bit(tmp_path: Path) -> None:
-    words = [*GROW, "train.max_steps=16", "rewire.interval=5", "launch.device=cuda", "output.weight_dtype=float8", "output.momentum=0"]
+    words = [
+        *GROW,
+        "rewire.head=true",
+        "train.max_steps=16",
+        "rewire.interval=5",
+        "launch.device=cuda",
+        "output.weight_dtype=float8",
+        "output.momentum=0",
+    ]
     one = make_prepared(tmp_path, overrides=[*words, "run.deterministic=true"])
     broken = copy.deepcopy(one)
     broken.run.folder += "-broken"
