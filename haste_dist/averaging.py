@@ -139,21 +139,24 @@ def _check_common(name: str, first: Tensor, other: Tensor, place: Path, other_pl
 def _write_labels(path: Path, output: OutputConfig, models: list[ModelFiles], part: int, parts: int) -> FileRecord:
     """A shard of the label rows, and where the settings have momentum one of zeros. Raises ConfigError for runs without a mean."""
     shards = [model.labels("cpu", part, parts, verified=True) for model in models]
-    first = shards[0]
-    mean = Classifier(output, first.shard, first.width, first.seed, first.device, basis=models[0].order.basis, drawn=False)
-    every = [{name: tensor for name, (tensor, _) in one.tensors().items()} for one in shards]
-    for name, (tensor, _) in mean.tensors().items():
-        if name in every[0] and name != "tail.index":  # momentum is not
-            tensor.copy_(sum((one[name].float() for one in every), torch.zeros(())) / len(models))
-    mean.tail.index.copy_(first.tail.index)
+    first, width = shards[0], shards[0].tail_slice.width
     for model, one in zip(models[1:], shards[1:], strict=True):
-        if (shared := _in_common(first.tail.index, one.tail.index, first.tail_slice.width)) < LEAST_SHARED:
+        if (shared := _in_common(first.tail.index, one.tail.index, width)) < LEAST_SHARED:
             raise ConfigError(
                 f"{model.folder}: its groups read other features than those of {models[0].folder} ({shared:.0%} in common), so the weights "
                 "have no mean; train the runs with output.start=centroids, and rewire.interval=0 or rewire.grow=embeddings"
             )
-    if not all(torch.equal(one.tail.index, first.tail.index) for one in shards[1:]):
-        _mean_of_tails(mean.tail, [one.tail for one in shards], first.tail_slice.width)
+    alike = all(torch.equal(one.tail.index, first.tail.index) for one in shards[1:])
+    mean = Classifier(output, first.shard, first.width, first.seed, first.device, basis=models[0].order.basis, drawn=False)
+    every = [{name: tensor for name, (tensor, _) in one.tensors().items()} for one in shards]
+    apart = {"tail.index"} if alike else {"tail.index", "tail.weight"}
+    for name, (tensor, _) in mean.tensors().items():
+        if name in every[0] and name not in apart:  # momentum is not in the first
+            tensor.copy_(sum((one[name].float() for one in every), torch.zeros(())) / len(models))
+    if alike:
+        mean.tail.index.copy_(first.tail.index)
+    else:
+        _mean_of_tails(mean.tail, [one.tail for one in shards], width)
     found = mean.tensors()
     return write_tensors(path, {name: tensor for name, (tensor, _) in found.items()}, {name: str(at) for name, (_, at) in found.items()})
 

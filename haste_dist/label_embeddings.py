@@ -174,7 +174,7 @@ def _do(task: Task, embed: Embedder, config: Config, folder: Path, manifest: Man
     held_out = np.load(work / HELD_OUT, allow_pickle=False) if not task.shard else None
     with replacing(work / task.name) as file:
         for i, texts in enumerate(_texts(task, config, folder, manifest)):
-            x_nD = _normalise(embed(texts)).astype("<f2")
+            x_nD = normalise(embed(texts)).astype("<f2")
             if held_out is not None:
                 x_nD[np.isin(text_keys(texts.values, texts.offsets), held_out)] = 0
             if i == 0:
@@ -214,7 +214,7 @@ def _sum_labels(
                 _add_shard(sums_RD, x_nD, folder / task.shard, start, counts[first : first + task.texts])
                 first += task.texts
             untrained += int((~sums_RD.any(axis=1)).sum())
-            _normalise(sums_RD)
+            normalise(sums_RD)
             for task in tasks:
                 if not task.shard and task.start < stop and start < task.stop:
                     labels = task.start + np.flatnonzero(own[task.start : task.stop])
@@ -222,9 +222,9 @@ def _sum_labels(
                     x_nD = np.load(work / task.name, mmap_mode="r", allow_pickle=False)[here]
                     sums_RD[labels[here] - start] += x_nD
                     with_text += int(x_nD.any(axis=1).sum())
-            _normalise(sums_RD)
+            normalise(sums_RD)
             absent = np.flatnonzero(~sums_RD.any(axis=1))
-            sums_RD[absent] = _normalise(random.standard_normal((len(absent), width), np.float32))
+            sums_RD[absent] = normalise(random.standard_normal((len(absent), width), np.float32))
             missing += len(absent)
             file.write(sums_RD.astype("<f2").tobytes())
     return with_text, untrained, missing
@@ -247,7 +247,7 @@ def _write_header(file: BinaryIO, shape: tuple[int, int]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
 
 
-def _normalise(x: np.ndarray) -> np.ndarray:
+def normalise(x: np.ndarray) -> np.ndarray:
     """Rows of length 1, in place; a zero row stays zero."""
     length = np.linalg.norm(x, axis=1, keepdims=True)
     np.divide(x, length, out=x, where=length > 0)

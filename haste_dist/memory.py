@@ -240,4 +240,5 @@ def _scoring(
         "activations": activations,
         "embeddings": n * (2 * d * x_bytes + (4 + x_bytes) * turned),
         "top-k workspace": chunk + n * k * TOPK_LIST * 8,
+        "biases that leave labels out": 4 * (head + tail) if config.evaluate.labels == "seen" else 0,
     }

@@ -26,6 +26,7 @@ from haste_dist.classifier import Classifier, Slice
 from haste_dist.collectives import gather_rows, sum_over_ranks
 from haste_dist.config import Config
 from haste_dist.engine import EncoderEngine
+from haste_dist.label_embeddings import normalise
 from haste_dist.loader import BatchMaker, Texts, open_texts, scoring_batches
 from haste_dist.model import Prepared
 from haste_dist.rewire import Rewired
@@ -111,9 +112,7 @@ def _ranges(y_Rn: sp.csr_matrix, embedded_nD: np.ndarray, step: int) -> Iterator
         seen, column = np.unique(of_R.indices, return_inverse=True)
         here = sp.csr_matrix((of_R.data, column.ravel(), of_R.indptr), (of_R.shape[0], len(seen)))
         v_RD = here @ embedded_nD[seen].astype(np.float32)
-        length_R1 = np.linalg.norm(v_RD, axis=1, keepdims=True)
-        np.divide(v_RD, length_R1, out=v_RD, where=length_R1 > 0)
-        yield Range(first, last, v_RD, length_R1[:, 0] > 0)
+        yield Range(first, last, normalise(v_RD), np.abs(v_RD).sum(axis=1) > 0)
 
 
 def _centred(part: Range, mean_D: Tensor, span: Slice) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,8 @@ def share_due(config: RewireConfig, step: int, total: int) -> float:
 def rewire(classifier: Classifier, config: RewireConfig, fraction: float, step: int, world: World) -> Rewired:
     """Replaces the weakest connections of the tail. Every rank calls it at the same step; the outcome does not depend on W.
 
-    Not for grow=embeddings, which is reembedding.py's."""
+    Not for grow=embeddings, which is reembedding.py's.
+    """
     tail = classifier.tail
     total = classifier.shard.all_groups * tail.weight.shape[2]
     prune = weakest(tail, config, fraction, total, world.shards)

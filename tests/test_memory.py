@@ -213,3 +213,18 @@ def test_what_fits_is_let_through() -> None:
     plan = check_fits(config(*BERT), Facts(10_000_000, 20, 30_522), 79, "NVIDIA H100")
     assert 20 * GIB < plan.peak < 30 * GIB
     assert plan.peak_phase == "encoder backward"
+
+
+def test_biases_that_leave_labels_out_are_planned_for_an_evaluation() -> None:
+    page, facts = config(*BERT, "evaluate.labels=seen"), Facts(10_000_000, 20, 30_522)
+    layer = Classifier(
+        config("output.group_size=16", "output.fan_in=6").output, label_shard(32, 6, 16, 120, 1, 0), 24, 0, torch.device("cpu")
+    )
+    with LiveBytes([t for t, _ in layer.tensors().values()]) as live:
+        before = live.now
+        with layer.leaving_out(torch.tensor([3, 40])):
+            taken = live.now - before
+    assert 4 * (32 + 96) <= taken < 1.2 * 4 * (32 + 96)
+    plan, plain = (memory_plan(one, facts).phases["evaluation"] for one in (page, config(*BERT)))
+    rows, groups = shard_sizes(10_000_000, page.output.head_fraction, page.output.group_size, 1)
+    assert sum(plan.values()) - sum(plain.values()) == 4 * (rows + groups * page.output.group_size)
