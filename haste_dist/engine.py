@@ -91,7 +91,16 @@ class EncoderEngine:
 
     def held_bytes(self) -> int:
         """What this engine holds on the GPU that no allocator counts as in use."""
-        return self._flat.held_bytes() if self._engine is not None and isinstance(self._flat, GraphedModule) else 0
+        graphed = self._graphed()
+        return graphed.held_bytes() if graphed is not None else 0
+
+    def peak_bytes(self) -> int:
+        """The most bytes of the GPU that this process has used at once, with those; 0 where the allocator's own peak is all."""
+        graphed = self._graphed()
+        return graphed.peak_bytes() if graphed is not None else 0
+
+    def _graphed(self) -> GraphedModule | None:
+        return self._flat if self._engine is not None and isinstance(self._flat, GraphedModule) else None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Float32 weights and optimizer state, whole and on the CPU, by name; the same on each rank and at any ZeRO stage.

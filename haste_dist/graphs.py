@@ -62,6 +62,7 @@ class GraphedModule(FlatModule):
         self._pool: Any = None
         self._largest = 0  # B * S recorded in this pool
         self._gradient_P: Tensor | None = None
+        self._peak = 0  # bytes, up to the last recording
         self.replays = 0
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:  # type: ignore[override]
@@ -90,10 +91,14 @@ class GraphedModule(FlatModule):
         return _Replay.apply(self.flat, self, one)
 
     def held_bytes(self) -> int:
-        """What recorded passes hold: their activations, taken by no other work, and a gradient."""
-        if self._gradient_P is None:
+        """What recorded passes hold for good and no other work can take: their activations."""
+        if self._pool is None:
             return 0
-        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool)) + self._gradient_P.nbytes
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool))
+
+    def peak_bytes(self) -> int:
+        """The most bytes of the GPU that were in use at once since the module was made, or the allocator's peak was last set back."""
+        return max(self._peak, torch.cuda.max_memory_allocated(self.flat.device) + self.held_bytes())
 
     def gradient(self) -> Tensor:
         """(P,) of the backward pass replayed last, in memory of its own: gradients of further batches may be added to it."""
@@ -113,6 +118,7 @@ class GraphedModule(FlatModule):
     def _record(self, rows: int, length: int) -> Recorded:
         """Records both passes; leaves the random state as it was. Other threads may use the GPU meanwhile."""
         device = self.flat.device
+        self._peak = self.peak_bytes()
         if rows * length > self._largest:  # recorded first, it leaves room in which all smaller ones fit; what is recorded starts anew
             torch.cuda.synchronize()
             self._recorded = dict.fromkeys(self._recorded)
@@ -133,6 +139,8 @@ class GraphedModule(FlatModule):
             with torch.cuda.graph(backward, **how):
                 [gradient_P] = torch.autograd.grad(x_BD, [flat_P], dx_BD)
                 self._gradient_P.copy_(gradient_P)
+        # While it recorded, the allocator counted what ``held_bytes`` counts from now on.
+        torch.cuda.reset_peak_memory_stats(device)
         return Recorded(forward, backward, ids_BS, mask_BS, x_BD.detach(), dx_BD)
 
 

@@ -189,10 +189,10 @@ def tail_traffic(tail: TailState) -> int:
     return sum(2 * t.nbytes for t in both) + tail.index.nbytes
 
 
-def peak_memory(device: torch.device, held: int = 0) -> dict[str, float]:
-    """Peak memory of this rank in GiB: on a GPU of the allocator, and ``held`` bytes that it does not count; on a CPU of the process."""
+def peak_memory(device: torch.device, known: int = 0) -> dict[str, float]:
+    """Peak memory of this rank in GiB: on a GPU of the allocator, or ``known`` bytes where these are more; on a CPU of the process."""
     if device.type == "cuda":
-        return {"peak_gib": (torch.cuda.max_memory_allocated(device) + held) / 2**30}
+        return {"peak_gib": max(torch.cuda.max_memory_allocated(device), known) / 2**30}
     import resource
 
     return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

@@ -286,7 +286,7 @@ def _train(config: Config, world: World, wants_stop: Callable[[], bool]) -> Outc
                 )
         vote.close()
         saver.wait()
-        memory = peak_memory(world.device, engine.held_bytes())
+        memory = peak_memory(world.device, engine.peak_bytes())
         log.event("end", step=state.step, reason=reason, best=state.best, best_step=state.best_step, **memory)
     if saver.not_copied:
         raise CheckpointError(f"training ended ({reason}), but its last checkpoint is in {saved} alone: {saver.not_copied}")

@@ -42,5 +42,6 @@ def predict_into(config: Config, checkpoint: str, source: str, out: str, k: int)
                 print(f"predict: {texts:,} texts, {texts / (told - started):,.0f} texts/s", file=sys.stderr, flush=True)
     seconds = time.perf_counter() - started
     kept = len(list(Path(out).glob("part-*.parquet")))
-    print(f"{out}: {kept:,} parts; {texts:,} texts predicted now in {seconds:.1f} s ({texts / seconds:,.0f} texts/s)")
+    parts = f"{kept:,} part{'s' if kept != 1 else ''}"
+    print(f"{out}: {parts}; {texts:,} texts predicted now in {seconds:.1f} s ({texts / seconds:,.0f} texts/s)")
     return 0

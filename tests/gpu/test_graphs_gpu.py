@@ -82,6 +82,8 @@ def test_recordings_share_their_memory_in_whatever_order_lengths_come(tmp_path: 
     config, world = make_prepared(tmp_path, overrides=["launch.device=cuda", "encoder.graphs=true"]), join_world("cuda")
     held = []
     for lengths in ([16], [16, 8], [8, 16, 8]):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         engine = EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world)
         for length in lengths:
             ids = torch.randint(2, 9, (512, length), device="cuda")
@@ -89,5 +91,7 @@ def test_recordings_share_their_memory_in_whatever_order_lengths_come(tmp_path: 
                 x_BD = engine.forward(ids, torch.ones_like(ids))
                 engine.backward(x_BD, torch.ones_like(x_BD))
         held.append(engine.held_bytes())
+        # Of the device this process has taken no more than that since; recording must not be counted beside what it holds.
+        assert held[-1] < engine.peak_bytes() <= torch.cuda.max_memory_reserved()
     print("held:", held)
     assert max(held) <= 1.1 * held[0] + (4 << 20)
