@@ -192,8 +192,7 @@ class RewireConfig:
         "as it is by then are largest (prune does not count)",
         choices=("random", "gradient", "embeddings"),
     )
-    length: float = setting(1.0, "grow=embeddings: how long what starts anew is beside the weights that it replaces", low=0.0, high=4.0)
-    head: bool = setting(False, "grow=embeddings: rows of the dense head start anew as well")
+    head: bool = setting(True, "grow=embeddings: rows of the dense head start anew as well")
     batches: int = setting(4, "batches whose gradients choose the new features: the last ones before a rewiring", low=1)
 
 
@@ -315,8 +314,6 @@ def check(config: Config) -> None:
         raise ConfigError(f"output.{asks}: label embeddings must be the encoder's; set groups.features=encoder, groups.encoder=")
     if asks and config.encoder.project:
         raise ConfigError(f"output.{asks}: label embeddings are not projected; set encoder.project=0, or that setting back")
-    if config.rewire.head and config.rewire.grow != "embeddings":
-        raise ConfigError(f"rewire.head: rows of the head start anew from label embeddings; rewire.grow={config.rewire.grow} makes none")
     if config.output.tail_features:
         check_fan_in(config.output.fan_in, config.output.tail_features[1] - config.output.tail_features[0])
 

@@ -119,14 +119,12 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     in_basis = n * (x_bytes + 4) * tail_width * turned  # what the tail reads, and its gradient turned back
     work = max(head_work, in_basis + _tail_workspace(config, cuda, n, groups, tail_width, weight, x_bytes), update)
     joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
-    forward, between, backward = needs.forward, needs.kept, needs.backward
-    if cuda and needs.replays and b * s <= MOST_TOKENS:  # recorded passes keep their activations' memory, and a gradient
+    if cuda and needs.replays and b * s <= MOST_TOKENS:  # activations for good, and a gradient; the first batch of a shape runs beside them
         held["recorded passes"] = max(needs.forward, needs.backward) + 2 * joined
-        forward = between = backward = 0
     phases = {
-        "encoder forward": {"activations": forward, "batch": batch["batch"]},
-        "output layer": {**batch, **masked, "activations": between, "kernel workspace": work + 32 * n * facts.most_labels},
-        "encoder backward": {**batch, "activations": backward, "flat gradient": joined},
+        "encoder forward": {"activations": needs.forward, "batch": batch["batch"]},
+        "output layer": {**batch, **masked, "activations": needs.kept, "kernel workspace": work + 32 * n * facts.most_labels},
+        "encoder backward": {**batch, "activations": needs.backward, "flat gradient": joined},
         "optimizer": {**batch, "gradients": gradients, "update": stepping},
         "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size, tail_width * turned),
         "making the initial weights": {"random numbers": min(1 << 28, 16 * weights) + min(PLAIN_BYTES[facts.device], 64 * t * tail_width)},

@@ -2,9 +2,8 @@
 
 A tail that starts from label embeddings (centroids.py) starts from those of the pretrained encoder; while that is trained, they age. Here
 all training texts are embedded anew, and each group reads the features in which its labels' embeddings of now are largest. A part of each
-label's weights starts anew: its embedding there, ``rewire.length`` times as long as they were. The rest is what it has learnt, so far as
-its group reads the same features still. The basis of the tail and its groups stay. With ``rewire.head`` rows of the dense head start anew
-likewise.
+label's weights starts anew: its embedding there, as long as they were. The rest is what it has learnt, so far as its group reads the same
+features still. The basis of the tail and its groups stay. With ``rewire.head`` rows of the dense head start anew likewise.
 
 Every rank embeds its share of the texts and keeps all of the embeddings, in half precision on the host: 2 D bytes a text. Label embeddings
 are made a range of rows at a time, twice: their mean comes first.
@@ -76,11 +75,11 @@ def reembed(config: Config, prepared: Prepared, engine: EncoderEngine, classifie
         mean_D[-1] += int(part.told.sum())
     mean_D = sum_over_ranks(mean_D.to(world.device), world.shards)
     mean_D = (mean_D[:-1] / mean_D[-1].clamp(min=1)).float()
-    replaced, kept, anew = torch.zeros((), dtype=torch.int64, device=world.device), 1 - share, share * config.rewire.length
+    replaced = torch.zeros((), dtype=torch.int64, device=world.device)
     for part in _ranges(tail_Rn, embedded_nD, step):
-        replaced += _renew_tail(classifier, part, mean_D, kept, anew)
+        replaced += _renew_tail(classifier, part, mean_D, share)
     for part in _ranges(head_Rn, embedded_nD, step):
-        _renew_head(classifier, part, mean_D, kept, anew)
+        _renew_head(classifier, part, mean_D, share)
     return Rewired(int(sum_over_ranks(replaced, world.shards)), total, share)
 
 
@@ -123,9 +122,8 @@ def _centred(part: Range, mean_D: Tensor, span: Slice) -> tuple[Tensor, Tensor]:
     return v_RD[:, span.start : span.stop], told_R1
 
 
-def _renew_tail(classifier: Classifier, part: Range, mean_D: Tensor, kept: float, anew: float) -> Tensor:
-    """Sets the range's groups: ``kept`` of their weights, and embeddings ``anew`` times as long as they were. Returns how many connections
-    are new, on the device."""
+def _renew_tail(classifier: Classifier, part: Range, mean_D: Tensor, share: float) -> Tensor:
+    """Sets the range's groups; returns how many connections are new, on the device."""
     tail, span = classifier.tail, classifier.tail_slice
     v_RM, told_R1 = _centred(part, mean_D, span)
     if classifier.basis is not None:
@@ -143,8 +141,8 @@ def _renew_tail(classifier: Classifier, part: Range, mean_D: Tensor, kept: float
         return whole_TGM.gather(2, index_TF[:, None].expand_as(values_TGF))
 
     length_TG1 = tail.weight[groups].float().norm(dim=2, keepdim=True)
-    kept_TG1 = torch.where(told_TG1, kept, 1.0)
-    tail.weight[groups] = (kept_TG1 * moved(tail.weight[groups]) + anew * length_TG1 * direction_TGF).to(tail.weight)
+    kept_TG1 = torch.where(told_TG1, 1 - share, 1.0)
+    tail.weight[groups] = (kept_TG1 * moved(tail.weight[groups]) + share * length_TG1 * direction_TGF).to(tail.weight)
     if tail.momentum is not None:
         tail.momentum[groups] = (kept_TG1 * moved(tail.momentum[groups])).to(tail.momentum)
     tail.index[groups] = index_TF.to(tail.index)
@@ -152,13 +150,13 @@ def _renew_tail(classifier: Classifier, part: Range, mean_D: Tensor, kept: float
     return (~read_TM.gather(1, index_TF)).sum()
 
 
-def _renew_head(classifier: Classifier, part: Range, mean_D: Tensor, kept: float, anew: float) -> None:
+def _renew_head(classifier: Classifier, part: Range, mean_D: Tensor, share: float) -> None:
     """Sets the range's rows, which read all features of the head's slice."""
     head, rows = classifier.head, slice(part.first, part.last)
     v_RD, told_R1 = _centred(part, mean_D, classifier.head_slice)
-    kept_R1 = torch.where(told_R1, kept, 1.0)
+    kept_R1 = torch.where(told_R1, 1 - share, 1.0)
     weight_RD = head.weight[rows].float()
     direction_RD = torch.nn.functional.normalize(v_RD, dim=1)
-    head.weight[rows] = (kept_R1 * weight_RD + anew * weight_RD.norm(dim=1, keepdim=True) * direction_RD).to(head.weight)
+    head.weight[rows] = (kept_R1 * weight_RD + share * weight_RD.norm(dim=1, keepdim=True) * direction_RD).to(head.weight)
     if head.momentum is not None:
         head.momentum[rows] = (kept_R1 * head.momentum[rows].float()).to(head.momentum)

@@ -192,7 +192,6 @@ def test_an_empty_string_can_be_set() -> None:
         (["output.head_features=[-1,3]"], "[start, end]"),
         (["encoder.width=100", "encoder.heads=3"], "not a multiple"),
         (["encoder.dropout=-0.5"], "must be -1"),
-        (["rewire.head=true", "rewire.grow=gradient"], "rewire.grow=gradient makes none"),
         (["output.group_size=48"], "[1 | 16 | 32 | 64 | 128]"),
     ],
 )

@@ -74,11 +74,11 @@ def test_a_model_that_cannot_be_recorded_is_launched_as_ever(tmp_path: Path, mon
 
 
 def test_recorded_passes_are_planned_for(tmp_path: Path) -> None:
-    """On a GPU they hold their activations for good, so no phase has its own; a larger batch is not recorded."""
+    """On a GPU they hold their activations for good, beside those of the first batch of a shape; a larger batch is not recorded."""
     small, large = (make_prepared(tmp_path / str(n), overrides=["encoder.graphs=true", f"train.batch_size={n}"]) for n in (64, MOST_TOKENS))
     held = memory_plan(small, Facts(101, 3, 202)).held["recorded passes"]
     off = memory_plan(make_prepared(tmp_path / "off", overrides=["train.batch_size=64", "encoder.graphs=false"]), Facts(101, 3, 202))
     assert "recorded passes" not in {**off.held, **memory_plan(large, Facts(101, 3, 202)).held}
     assert "recorded passes" not in memory_plan(small, Facts(101, 3, 202, device="cpu")).held
     assert held >= off.phases["encoder backward"]["activations"] > 0
-    assert memory_plan(small, Facts(101, 3, 202)).phases["encoder backward"]["activations"] == 0
+    assert memory_plan(small, Facts(101, 3, 202)).phases == off.phases

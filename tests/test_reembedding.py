@@ -23,7 +23,7 @@ from haste_dist.runlog import read_events
 from haste_dist.train import train
 from haste_dist.world import World, join_world
 
-GROW = ["rewire.grow=embeddings", "rewire.until=1", "rewire.fraction=0.6", "rewire.length=0.75"]
+GROW = ["rewire.grow=embeddings", "rewire.until=1", "rewire.fraction=0.6"]
 
 
 def parts(config: Config, world: World) -> tuple:
@@ -85,12 +85,12 @@ def test_features_and_weights_are_those_of_the_definition(tmp_path: Path, basis:
             untold += labels[row] >= 0 and not told_TG[group, row]
             if told_TG[group, row]:
                 own = v_GM[row, chosen] / np.linalg.norm(v_GM[row, chosen])
-                expected, moved = (1 - share) * expected + 0.75 * share * np.linalg.norm(before) * own, (1 - share) * moved
+                expected, moved = (1 - share) * expected + share * np.linalg.norm(before) * own, (1 - share) * moved
             np.testing.assert_allclose(tail.weight[group, row].numpy(), expected, atol=2e-3)  # embeddings are kept in half precision
             np.testing.assert_allclose(tail.momentum[group, row].numpy(), moved, atol=1e-5)
     own_RD = (v_LD[of_head] - mean_D)[:, slice(None) if basis else slice(2, 30)]
     own_RD *= np.linalg.norm(old_head, axis=1, keepdims=True) / np.linalg.norm(own_RD, axis=1, keepdims=True)
-    np.testing.assert_allclose(classifier.head.weight.numpy(), 0.4 * old_head + 0.75 * 0.6 * own_RD if head else old_head, atol=2e-3)
+    np.testing.assert_allclose(classifier.head.weight.numpy(), 0.4 * old_head + 0.6 * own_RD if head else old_head, atol=2e-3)
     np.testing.assert_allclose(classifier.head.momentum.numpy(), 0.4 * old_head_momentum if head else old_head_momentum, atol=1e-5)
     assert untold
     assert (label_of < 0).any()  # this problem has labels without a text, and a group that is not full
@@ -113,7 +113,7 @@ def test_ranges_change_nothing_and_hold_what_was_planned(tmp_path: Path, monkeyp
         part = next(reembedding._ranges(texts, np.random.default_rng(0).standard_normal((32, WIDTH)).astype(np.float16), 32))
         before = live.now
         live.restart()
-        reembedding._renew_tail(classifier, part, torch.zeros(WIDTH), 0.5, 0.5)
+        reembedding._renew_tail(classifier, part, torch.zeros(WIDTH), 0.5)
     assert 8 * numbers < live.peak - before < 16 * numbers  # as memory.py plans
 
 
@@ -143,7 +143,7 @@ def test_it_trains_the_same_on_any_ranks_and_resumes(tmp_path: Path) -> None:
 def test_a_head_alone_embeds_nothing_unless_it_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_prepared(tmp_path, overrides=[*GROW, "train.max_steps=8", "output.head_fraction=1"])
     anew = copy.deepcopy(config)
-    anew.rewire.head, anew.run.folder = True, config.run.folder + "-anew"
+    config.rewire.head, anew.run.folder = False, config.run.folder + "-anew"
     train(anew, join_world("cpu"))
     monkeypatch.setattr("haste_dist.reembedding.scoring_batches", lambda *_: pytest.fail("texts were embedded"))
     train(config, join_world("cpu"))

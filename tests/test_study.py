@@ -103,7 +103,9 @@ def test_the_studies_that_come_along_can_be_run(file: Path, tmp_path: Path) -> N
     words = cli.parse(shlex.split(command)[1:])
     assert (words.page, words.out) == (f"benchmarks/studies/{file.name}", f"runs/study-{file.stem}")
     assert words.records == ("" if file.stem == "wordnet" else "benchmarks/records")
-    assert (study.split == "dev") == (file.stem not in ("wordnet", "wordnet-basis", "debian-test", "debian-256-test", "reembedding-test"))
+    assert (study.split == "dev") == (
+        file.stem not in ("wordnet", "wordnet-basis", "debian-test", "debian-256-test", "reembedding-test", "head-anew-test")
+    )
 
 
 def some_texts(n: int, seed: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
