@@ -29,6 +29,7 @@ from haste_dist.manifest import atomic_file
 from haste_dist.sealed import check_file, seal, unseal
 
 SCHEMA_VERSION = 2
+CHECKPOINTS = "checkpoints"  # in a run folder
 PAGE, ENCODER, OPTIMIZER, KEPT = "state.json", "encoder.safetensors", "optimizer.safetensors", "kept.safetensors"
 STEP_NAME = re.compile(r"step-\d{8,}")
 REPLACED = ".replaced-"  # before the name of a complete checkpoint while another of its step takes its place

@@ -56,7 +56,7 @@ def export(run: str | Path, out: str | Path, checkpoint_name: str = "best", form
         raise DataError(f"{out}: exists; name a folder that does not")
     check_run_files(run)
     config, order = load_config(run / "config.yaml"), load_label_order(run)
-    found = checkpoint.resolve(run / "checkpoints", checkpoint_name)
+    found = checkpoint.resolve(run / checkpoint.CHECKPOINTS, checkpoint_name)
     page = checkpoint.read_page(found)
     checkpoint.verify_files(found, page)
     part = out.with_name(f".{out.name}.part")

@@ -186,7 +186,7 @@ def extend_run(config: Config, run: Path, name: str, found: np.ndarray, prepared
 
     Raises CheckpointError for a checkpoint that is damaged or cannot be written.
     """
-    source = checkpoint.resolve(run / "checkpoints", name)
+    source = checkpoint.resolve(run / checkpoint.CHECKPOINTS, name)
     page = checkpoint.read_page(source)
     old, new = load_label_order(run), load_label_order(prepared)
     if page["label_order"] != old.fingerprint:

@@ -150,7 +150,7 @@ class LiveModel:
 
 def wanted(folder: Path, name: str) -> str:
     """The version that ``name`` (best, last or one checkpoint) means now. Raises CheckpointError."""
-    return EXPORTED if is_export(folder) else checkpoint.resolve(folder / "checkpoints", name).name
+    return EXPORTED if is_export(folder) else checkpoint.resolve(folder / checkpoint.CHECKPOINTS, name).name
 
 
 def asked_for(k: int) -> int:

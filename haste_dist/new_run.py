@@ -21,7 +21,7 @@ Files = dict[str, FileRecord]
 
 def check_free(folder: str | Path) -> None:
     """Raises ConfigError where there is a run already."""
-    found = checkpoint.newest(Path(folder) / "checkpoints")
+    found = checkpoint.newest(Path(folder) / checkpoint.CHECKPOINTS)
     if found is not None:
         raise ConfigError(f"{folder}: holds a run already ({found.name}); choose another folder")
 
@@ -34,7 +34,7 @@ def new_run(config: Config, source: Path, order: Path, fingerprint: str, step: i
     is. What a killed attempt left is cleared away; one that fails leaves nothing. Raises CheckpointError where nothing can be written.
     """
     target, files = Path(config.run.folder), Files()
-    folder = target / "checkpoints" / checkpoint.folder_name(step)
+    folder = target / checkpoint.CHECKPOINTS / checkpoint.folder_name(step)
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -49,7 +49,7 @@ def new_run(config: Config, source: Path, order: Path, fingerprint: str, step: i
         with atomic_file(folder / PAGE) as out:  # last: with it the checkpoint is complete
             out.write(seal({**page, "files": records}))
         for pointer in ("last", "best"):
-            checkpoint.point(target / "checkpoints", pointer, step)
+            checkpoint.point(target / checkpoint.CHECKPOINTS, pointer, step)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         for empty in (folder.parent, target):

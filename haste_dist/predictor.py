@@ -100,7 +100,7 @@ class ModelFiles:
         config = load_config(self.folder / "config.yaml")
         self.config = dataclasses.replace(config, output=dataclasses.replace(config.output, momentum=0.0))  # only a step needs it
         self.order = load_label_order(self.folder)
-        self.checkpoint = None if exported else checkpoint.resolve(self.folder / "checkpoints", checkpoint_name)
+        self.checkpoint = None if exported else checkpoint.resolve(self.folder / checkpoint.CHECKPOINTS, checkpoint_name)
 
     @property
     def version(self) -> str:

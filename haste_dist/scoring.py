@@ -7,7 +7,6 @@ from haste_dist.agreement import same_error
 from haste_dist.config import Config
 from haste_dist.evaluate import Keep, evaluate_baseline, evaluate_texts, write_evaluation
 from haste_dist.model import frozen_engine, make_classifier, make_encoder, open_prepared
-from haste_dist.train import CHECKPOINTS
 from haste_dist.verify import check_data, check_run_files
 from haste_dist.world import World
 
@@ -25,7 +24,7 @@ def evaluate_run(config: Config, world: World, name: str = "best", keep: Keep | 
     encoder = make_encoder(config, prepared.manifest, pretrained=False)
     classifier = make_classifier(config, prepared.order, encoder.width, world, drawn=False)
     engine = frozen_engine(config, encoder, world)
-    folder = checkpoint.resolve(Path(config.run.folder) / CHECKPOINTS, name)
+    folder = checkpoint.resolve(Path(config.run.folder) / checkpoint.CHECKPOINTS, name)
     with same_error(world):
         state = checkpoint.load(folder, engine, classifier, prepared.order.fingerprint)
     split = config.evaluate.split

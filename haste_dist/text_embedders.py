@@ -89,7 +89,8 @@ def encoder_source(config: Config) -> EncoderSource:
     name = config.groups.encoder
     if name and (Path(name) / "config.yaml").is_file():
         run = Path(name)
-        return EncoderSource(encoder_settings_of(load_config(run / "config.yaml"), run), checkpoint.resolve(run / "checkpoints", "best"))
+        best = checkpoint.resolve(run / checkpoint.CHECKPOINTS, "best")
+        return EncoderSource(encoder_settings_of(load_config(run / "config.yaml"), run), best)
     if (name or config.encoder.name) == "scratch":
         raise ConfigError("groups.features=encoder: a scratch encoder has learnt nothing to compare labels by; set groups.features=tfidf")
     if not name:

@@ -101,7 +101,7 @@ class Trial:
         """Whether the checkpoint that its result is of is still there."""
         from haste_dist import checkpoint
 
-        result, found = read_result(self), checkpoint.newest(self.folder / "checkpoints")
+        result, found = read_result(self), checkpoint.newest(self.folder / checkpoint.CHECKPOINTS)
         return result is not None and found is not None and checkpoint.step_of(found) == result["step"]
 
 
@@ -227,7 +227,8 @@ def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False, keep
     import torch
 
     from haste_dist.averaging import average_runs
-    from haste_dist.train import CHECKPOINTS, train
+    from haste_dist.checkpoint import CHECKPOINTS
+    from haste_dist.train import train
     from haste_dist.world import join_world, leave_world
 
     config, folder = trial.config, trial.folder

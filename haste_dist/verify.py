@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from haste_dist import augmentation
 from haste_dist.basis import BASIS_FILE
-from haste_dist.checkpoint import ENCODER, OPTIMIZER, PAGE, STEP_NAME, complete, pointed, read_page, step_of, verify_files
+from haste_dist.checkpoint import CHECKPOINTS, ENCODER, OPTIMIZER, PAGE, STEP_NAME, complete, pointed, read_page, step_of, verify_files
 from haste_dist.classifier import embedding_width, feature_slice
 from haste_dist.config import ENCODER_FOLDER, load_config
 from haste_dist.errors import DataError, HasteError
@@ -62,7 +62,7 @@ def verify(folder: str | Path) -> list[str]:
     elif (folder / EXPORTED).exists():
         _verify_sealed(folder, found, "run haste export again")
         found.check(folder / LABELS_FILE, _check_order, folder)
-    elif (folder / CONFIG).exists() or (folder / "checkpoints").exists():
+    elif (folder / CONFIG).exists() or (folder / CHECKPOINTS).exists():
         _verify_run(folder, found)
     elif (folder / PAGE).exists() or STEP_NAME.fullmatch(folder.name):
         _verify_checkpoint(folder, found)
@@ -115,7 +115,7 @@ def _verify_run(folder: Path, found: Findings) -> None:
     _verify_sealed(folder, found, TRAIN_AGAIN)
     order = found.check(folder / LABELS_FILE, _check_order, folder)
     width = found.check(folder / CONFIG, run_tail_width, folder)
-    saved = folder / "checkpoints"
+    saved = folder / CHECKPOINTS
     for name in ("last", "best"):
         if (saved / f"{name}.json").exists():
             found.check(saved / f"{name}.json", pointed, saved, name)

@@ -113,9 +113,8 @@ def may_pass(error: BaseException) -> bool:
 def newest_step(run: Path) -> int:
     """Steps of the newest complete checkpoint, 0 without one."""
     from haste_dist import checkpoint  # torch, which is not to load before Ray starts
-    from haste_dist.train import CHECKPOINTS
 
-    found = checkpoint.newest(run / CHECKPOINTS)
+    found = checkpoint.newest(run / checkpoint.CHECKPOINTS)
     return checkpoint.step_of(found) if found else 0
 
 

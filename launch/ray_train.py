@@ -39,7 +39,7 @@ def train(config: Config) -> int:
     config = absolute_paths(config)
     _check_folder(config)
     with ray_session(config, _import_for_train):
-        from haste_dist.train import check_run, restore
+        from haste_dist.preflight import check_run, restore
 
         restore(config)
         prepared = check_run(config)

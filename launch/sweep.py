@@ -121,7 +121,7 @@ def run_trial(args: Namespace, varied: list[Varied], trial: Trial, out: Path) ->
 
 
 def train_trial(config: Config) -> None:
-    from haste_dist.train import check_run
+    from haste_dist.preflight import check_run
 
     check_run(config)
     if run_ranks(config, "train", {}):

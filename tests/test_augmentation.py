@@ -19,9 +19,9 @@ from haste_dist.label_groups import LabelOrder
 from haste_dist.loader import BatchMaker, open_texts
 from haste_dist.manifest import LABEL_SCHEMA, Manifest, open_split, read_arrow, read_manifest
 from haste_dist.model import Prepared
+from haste_dist.preflight import check_run
 from haste_dist.prepare import prepare
 from haste_dist.readers import training_batches
-from haste_dist.train import check_run
 from haste_dist.verify import verify
 
 LABELS = 40

@@ -25,9 +25,9 @@ from haste_dist.label_embeddings import LabelEmbeddings
 from haste_dist.label_groups import label_order_is_current, load_label_order, make_label_order
 from haste_dist.model import make_classifier, open_prepared
 from haste_dist.predictor import Predictor
+from haste_dist.preflight import check_run
 from haste_dist.sealed import seal_data
 from haste_dist.sharding import all_rows
-from haste_dist.train import check_run
 from haste_dist.trials import with_label_order
 from haste_dist.verify import verify
 from haste_dist.world import join_world

@@ -15,9 +15,9 @@ from haste_dist.errors import ConfigError, DataError
 from haste_dist.label_embeddings import LabelEmbeddings
 from haste_dist.label_groups import VECTORS_FILE, label_order_is_current, make_label_order
 from haste_dist.model import make_classifier, open_prepared
+from haste_dist.preflight import check_run
 from haste_dist.prepare import prepare
 from haste_dist.sealed import seal_data
-from haste_dist.train import check_run
 from haste_dist.world import join_world
 
 LABELS, WIDTH = 101, 32

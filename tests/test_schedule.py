@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 
 from haste_dist.config import load_config
-from haste_dist.schedule import due, rewire_fraction, warmup_cosine
-from haste_dist.train import plan_steps
+from haste_dist.schedule import due, plan_steps, rewire_fraction, warmup_cosine
 
 
 @given(st.integers(1, 5000), st.floats(0, 0.9))

@@ -15,8 +15,9 @@ from haste_dist.config import Config
 from haste_dist.encoder import build_encoder
 from haste_dist.errors import CheckpointError, ConfigError, DataError, HasteError
 from haste_dist.label_groups import load_label_order
+from haste_dist.preflight import check_run
 from haste_dist.runlog import read_events
-from haste_dist.train import check_run, train
+from haste_dist.train import train
 from haste_dist.world import World, join_world
 
 STEPS = 30

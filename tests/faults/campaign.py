@@ -39,9 +39,9 @@ from forked import RANKS, Board, drive, fork
 from tiny import make_prepared
 from undisturbed import HANG_SECONDS, INTERVAL, Reference, Result, look_at, problems_of, read_history
 
+from haste_dist.checkpoint import CHECKPOINTS
 from haste_dist.config import Config, load_config, save_config
 from haste_dist.records import append_record
-from haste_dist.train import CHECKPOINTS
 
 EPOCHS = 20  # of 12 steps
 

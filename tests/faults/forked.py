@@ -18,9 +18,10 @@ from tiny import free_port
 from undisturbed import Reference, look_at
 
 from haste_dist import saver, tensor_file
+from haste_dist.checkpoint import CHECKPOINTS
 from haste_dist.config import Config
 from haste_dist.errors import HasteError
-from haste_dist.train import CHECKPOINTS, train
+from haste_dist.train import train
 from haste_dist.world import join_world, leave_world
 from haste_launch.attempts import until_done
 from haste_launch.torchrun import is_orphan

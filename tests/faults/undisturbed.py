@@ -11,10 +11,10 @@ from pathlib import Path
 from tiny import read_losses
 
 from haste_dist import checkpoint
+from haste_dist.checkpoint import CHECKPOINTS
 from haste_dist.errors import HasteError
 from haste_dist.run_lock import lock
 from haste_dist.runlog import read_events
-from haste_dist.train import CHECKPOINTS
 from haste_dist.verify import verify
 
 INTERVAL = 10  # steps between checkpoints
