@@ -1,4 +1,4 @@
-"""New features and weights for the tail from label embeddings of the encoder as it is by now (rewire.grow=embeddings).
+"""New features for the tail, and new weights for it and the head, from label embeddings of now (rewire.grow=embeddings).
 
 A tail that starts from label embeddings (centroids.py) starts from those of the pretrained encoder; while that is trained, they age. Here
 all training texts are embedded anew, and each group reads the features in which its labels' embeddings of now are largest. A part of each
@@ -26,13 +26,13 @@ from haste_dist.classifier import Classifier, Slice
 from haste_dist.collectives import gather_rows, sum_over_ranks
 from haste_dist.config import Config
 from haste_dist.engine import EncoderEngine
-from haste_dist.label_embeddings import normalise
 from haste_dist.loader import BatchMaker, Texts, open_texts, scoring_batches
 from haste_dist.model import Prepared
 from haste_dist.rewire import Rewired
 from haste_dist.world import World
 
 NUMBERS = 2**22  # of a range: R * M
+LEAST = 2.0**-24  # above 0 in float16
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Range:
 
     first: int
     last: int
-    v_RD: np.ndarray  # float32, rows of length 1, or zero where ``told`` is not
-    told: np.ndarray  # (R,) bool: rows with a label that has a text
+    v_RD: Tensor  # float32 on the CPU, rows of length 1, or zero where ``told`` is not
+    told_R1: Tensor  # bool: rows with a label that has a text
 
 
 def reembed(config: Config, prepared: Prepared, engine: EncoderEngine, classifier: Classifier, world: World, share: float) -> Rewired:
@@ -71,8 +71,8 @@ def reembed(config: Config, prepared: Prepared, engine: EncoderEngine, classifie
     step = max(1, NUMBERS // (size * classifier.tail_slice.width)) * size
     mean_D = torch.zeros(embedded_nD.shape[1] + 1, dtype=torch.float64)
     for part in itertools.chain(_ranges(tail_Rn, embedded_nD, step), _ranges(head_Rn, embedded_nD, step)):
-        mean_D[:-1] += torch.from_numpy(part.v_RD.sum(axis=0, dtype=np.float64))
-        mean_D[-1] += int(part.told.sum())
+        mean_D[:-1] += part.v_RD.sum(dim=0, dtype=torch.float64)
+        mean_D[-1] += part.told_R1.sum()
     mean_D = sum_over_ranks(mean_D.to(world.device), world.shards)
     mean_D = (mean_D[:-1] / mean_D[-1].clamp(min=1)).float()
     replaced = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -89,36 +89,37 @@ def _texts(config: Config, prepared: Prepared) -> Texts:
     return open_texts(prepared.folder, prepared.manifest, "train", config.data.dev_fraction, config.run.seed, int(own))
 
 
-def _embed(config: Config, prepared: Prepared, engine: EncoderEngine, texts: Texts, world: World) -> np.ndarray:
-    """(n, D) float16, rows of length 1, from the shortest text to the longest: the order of ``scoring_batches``."""
+def _embed(config: Config, prepared: Prepared, engine: EncoderEngine, texts: Texts, world: World) -> Tensor:
+    """(n, D) float16 on the CPU, rows of length 1, from the shortest text to the longest: the order of ``scoring_batches``."""
     pin, most = world.device.type == "cuda", prepared.manifest.splits["train"].max_labels
     maker = BatchMaker(texts, prepared.order.row_of_label, most, prepared.manifest.tokenizer.pad_id, world.size, world.rank, pin)
-    embedded_nD, at = np.empty((len(texts), engine.width), np.float16), 0
+    embedded_nD, at = torch.empty((len(texts), engine.width), dtype=torch.float16), 0
     for batch in scoring_batches(maker, config.evaluate.batch_size):
         mask = None if batch.is_full else batch.attention_mask.to(world.device)
         x_BD = engine.embed(batch.input_ids.to(world.device), mask)
         x_ND = gather_rows(x_BD, batch.rows, world)
-        embedded_nD[at : at + batch.rows] = torch.nn.functional.normalize(x_ND.float(), dim=1).half().cpu().numpy()
+        embedded_nD[at : at + batch.rows] = torch.nn.functional.normalize(x_ND.float(), dim=1)
         at += batch.rows
     return embedded_nD
 
 
-def _ranges(y_Rn: sp.csr_matrix, embedded_nD: np.ndarray, step: int) -> Iterator[Range]:
+def _ranges(y_Rn: sp.csr_matrix, embedded_nD: Tensor, step: int) -> Iterator[Range]:
     """All rows of ``y_Rn``, ``step`` at a time. A label's embedding is the mean of its texts', brought to length 1."""
-    rows = y_Rn.shape[0]
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        of_R = y_Rn[first:last]
-        seen, column = np.unique(of_R.indices, return_inverse=True)
-        here = sp.csr_matrix((of_R.data, column.ravel(), of_R.indptr), (of_R.shape[0], len(seen)))
-        v_RD = here @ embedded_nD[seen].astype(np.float32)
-        yield Range(first, last, normalise(v_RD), np.abs(v_RD).sum(axis=1) > 0)
+    for first in range(0, y_Rn.shape[0], step):
+        of_R = y_Rn[first : first + step]
+        texts, starts = torch.from_numpy(of_R.indices), torch.from_numpy(of_R.indptr)
+        counts_R = starts.diff()
+        # A weighted sum adds in float32; mode="mean" adds in float16, which stands still after some thousand texts.
+        each_R = counts_R.clamp(min=1).reciprocal().clamp(min=LEAST).half()
+        weights = each_R.repeat_interleave(counts_R)
+        v_RD = torch.nn.functional.embedding_bag(texts, embedded_nD, starts[:-1], mode="sum", per_sample_weights=weights)
+        yield Range(first, first + of_R.shape[0], torch.nn.functional.normalize(v_RD.float(), dim=1), counts_R[:, None] > 0)
 
 
 def _centred(part: Range, mean_D: Tensor, span: Slice) -> tuple[Tensor, Tensor]:
     """The rows' embeddings beside the mean, in the features of ``span``, zero where a label has no text; and (R, 1) where it has one."""
-    told_R1 = torch.from_numpy(part.told).to(mean_D.device)[:, None]
-    v_RD = (torch.from_numpy(part.v_RD).to(mean_D.device) - mean_D) * told_R1
+    told_R1 = part.told_R1.to(mean_D.device)
+    v_RD = (part.v_RD.to(mean_D.device) - mean_D) * told_R1
     return v_RD[:, span.start : span.stop], told_R1
 
 

@@ -110,11 +110,25 @@ def test_ranges_change_nothing_and_hold_what_was_planned(tmp_path: Path, monkeyp
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
     with LiveBytes([classifier.basis, *(t for t, _ in classifier.tensors().values())]) as live:
         texts = sp.csr_matrix((np.ones(32, np.float32), (np.arange(32), np.arange(32))), (len(classifier.tail.weight) * 16, 32))
-        part = next(reembedding._ranges(texts, np.random.default_rng(0).standard_normal((32, WIDTH)).astype(np.float16), 32))
+        part = next(reembedding._ranges(texts, torch.randn(32, WIDTH).half(), 32))
         before = live.now
         live.restart()
         reembedding._renew_tail(classifier, part, torch.zeros(WIDTH), 0.5)
     assert 8 * numbers < live.peak - before < 16 * numbers  # as memory.py plans
+
+
+def test_a_label_of_many_texts_has_their_mean() -> None:
+    """Of 300,000 texts, whose sum float16 cannot hold; others have three texts and none."""
+    torch.manual_seed(0)
+    embedded_nD = torch.nn.functional.normalize(torch.randn(300_000, 8) + 1, dim=1).half()
+    texts = [np.arange(300_000), np.zeros(0, np.int64), np.array([5, 9, 69_999])]
+    places = (np.repeat(np.arange(3), [len(one) for one in texts]), np.concatenate(texts))
+    y_Rn = sp.csr_matrix((np.ones(len(places[0]), np.float32), places), (3, 300_000))
+    (part,) = reembedding._ranges(y_Rn, embedded_nD, 16)
+    assert part.told_R1[:, 0].tolist() == [True, False, True]
+    for row, of in enumerate(texts):
+        mean_D = embedded_nD[torch.from_numpy(of)].double().sum(0)
+        torch.testing.assert_close(part.v_RD[row].double(), torch.nn.functional.normalize(mean_D, dim=0), rtol=0, atol=5e-4)
 
 
 def test_it_trains_the_same_on_any_ranks_and_resumes(tmp_path: Path) -> None:
