@@ -38,11 +38,14 @@ def check_fits(config: Config, facts: Facts, gib: float, name: str) -> MemoryPla
 def nearest_that_fit(config: Config, facts: Facts, plan: MemoryPlan, gib: float) -> list[str]:
     """Settings, in the words of the command line, each of which fits: one change where one is enough, else several together."""
 
+    def peak(change: Change) -> int:
+        return memory_plan(change[1], change[2], plan.encoder).peak
+
     def fits(change: Change) -> bool:
-        return memory_plan(change[1], change[2], plan.encoder).peak <= room(gib)
+        return peak(change) <= room(gib)
 
     found = []
-    for changes in (_batches, _momenta, _groups, _zero, _shards, _ranks):
+    for changes in (_graphs, _batches, _momenta, _groups, _zero, _shards, _ranks):
         first = next(filter(fits, changes(config, facts)), None)
         if first is not None:
             found.append(first[0])
@@ -50,9 +53,9 @@ def nearest_that_fit(config: Config, facts: Facts, plan: MemoryPlan, gib: float)
         return found
     # No one change is enough: what costs no accuracy first, each kept while the next is tried.
     words: list[str] = []
-    for changes in (_zero, _shards, _momenta, _batches):
+    for changes in (_graphs, _zero, _shards, _momenta, _batches):
         *_, last = [("", config, facts), *changes(config, facts)]
-        if last[0]:
+        if last[0] and peak(last) < peak(("", config, facts)):
             words, config, facts = [*words, last[0]], last[1], last[2]
             if fits(last):
                 return [" ".join(words)]
@@ -60,6 +63,12 @@ def nearest_that_fit(config: Config, facts: Facts, plan: MemoryPlan, gib: float)
             if fits(more):
                 return [" ".join([*words, more[0]])]
     return []
+
+
+def _graphs(config: Config, facts: Facts) -> Iterator[Change]:
+    """Passes launched as ever hold no activations for good; a step may take longer."""
+    if config.encoder.graphs:
+        yield "encoder.graphs=false", _with(config, "encoder", graphs=False), facts
 
 
 def _batches(config: Config, facts: Facts) -> Iterator[Change]:

@@ -119,7 +119,8 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     in_basis = n * (x_bytes + 4) * tail_width * turned  # what the tail reads, and its gradient turned back
     work = max(head_work, in_basis + _tail_workspace(config, cuda, n, groups, tail_width, weight, x_bytes), update)
     joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
-    if cuda and needs.replays and b * s <= MOST_TOKENS:  # activations for good, and a gradient; the first batch of a shape runs beside them
+    replays = cuda and config.encoder.graphs and needs.replays  # ``needs`` may be of another page
+    if replays and b * s <= MOST_TOKENS:  # activations for good, and a gradient; the first batch of a shape runs beside them
         held["recorded passes"] = max(needs.forward, needs.backward) + 2 * joined
     phases = {
         "encoder forward": {"activations": needs.forward, "batch": batch["batch"]},

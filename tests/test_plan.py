@@ -62,7 +62,12 @@ def test_prepared_data_say_labels_texts_and_tokens(tmp_path: Path, capsys: pytes
     [
         (["--gpu", "h900", "--labels", "1M"], "--gpu h900: its memory is not known"),
         (["--gpu", "h100", "--gpus", "4", "--labels", "1M", "launch.label_parallel=3"], "label_parallel=3 does not divide the 4 ranks"),
-        (["--gpu", "h100", "--gpus", "4", "--labels", "1B", "launch.label_parallel=1"], "fits with launch.label_parallel=4"),
+        (["--gpu", "h100", "--gpus", "4", "--labels", "900M", "launch.label_parallel=1"], "fits with launch.label_parallel=4"),
+        (["--gpu", "h100", "--gpus", "4", "--labels", "1B"], "fits with encoder.graphs=false, or "),
+        (
+            ["--gpu", "h100", "--gpus", "4", "--labels", "1B", "launch.label_parallel=1"],
+            "fits with encoder.graphs=false launch.label_parallel=4 (",
+        ),
         (["--gpu", "h100"], "or plan without data: --labels L --texts T"),
         (["--gpu", "h100", "--labels", "no"], "--labels no: a whole number such as"),
         (["--gpu", "h100", "--labels", "1M", "--model", "none.json"], "none.json: no such file"),
