@@ -54,8 +54,9 @@ def nearest_that_fit(config: Config, facts: Facts, plan: MemoryPlan, gib: float)
     # No one change is enough: what costs no accuracy first, each kept while the next is tried.
     words: list[str] = []
     for changes in (_graphs, _zero, _shards, _momenta, _batches):
-        *_, last = [("", config, facts), *changes(config, facts)]
-        if last[0] and peak(last) < peak(("", config, facts)):
+        now = ("", config, facts)
+        *_, last = [now, *changes(config, facts)]
+        if peak(last) < peak(now):
             words, config, facts = [*words, last[0]], last[1], last[2]
             if fits(last):
                 return [" ".join(words)]

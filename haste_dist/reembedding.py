@@ -63,7 +63,7 @@ def reembed(config: Config, prepared: Prepared, engine: EncoderEngine, classifie
     def texts_of(start: int, stop: int) -> sp.csr_matrix:
         """Which texts rows ``start`` to ``stop`` have, (R, n)."""
         here = (rows >= start) & (rows < stop)
-        return sp.csr_matrix((np.ones(int(here.sum()), np.float32), (rows[here] - start, which[here])), (stop - start, len(order)))
+        return sp.csr_matrix((np.ones(int(here.sum()), bool), (rows[here] - start, which[here])), (stop - start, len(order)))
 
     groups, size, _ = classifier.tail.weight.shape
     tail_Rn = texts_of(shard.tail_start, shard.tail_start + groups * size)
