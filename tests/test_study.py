@@ -104,7 +104,8 @@ def test_the_studies_that_come_along_can_be_run(file: Path, tmp_path: Path) -> N
     assert (words.page, words.out) == (f"benchmarks/studies/{file.name}", f"runs/study-{file.stem}")
     assert words.records == ("" if file.stem == "wordnet" else "benchmarks/records")
     assert (study.split == "dev") == (
-        file.stem not in ("wordnet", "wordnet-basis", "debian-test", "debian-256-test", "reembedding-test", "head-anew-test")
+        file.stem
+        not in ("wordnet", "wordnet-basis", "debian-test", "debian-256-test", "debian-anew-test", "reembedding-test", "head-anew-test")
     )
 
 
