@@ -11,10 +11,12 @@ A study is a YAML page:
       default: []
       dense: [output.head_fraction=1]
     average: 3                             so many seeds' weights of each case are averaged too (averaging.py), as CASE-average
+    keep_weights: true                     checkpoints stay, so that runs can be evaluated, exported or served later
 
 Dev texts are a data set of their own (dev_data.py): label orders and frequencies do not know them. They are the same for all seeds.
 The last checkpoint of a run is scored, so that the split chooses nothing. Of a run stay its settings, its log, ``result.json`` and
-``texts.parquet``: what every text of the split adds to each metric's sums, so that intervals can be made by weighing texts anew.
+``texts.parquet`` (what every text of the split adds to each metric's sums, so that intervals can be made by weighing texts anew), and its
+checkpoints with ``keep_weights`` alone.
 
 Letters: n texts of the split, M sums of ``Metrics`` and ``FrequencyRecall``.
 """
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from haste_dist.world import World
 
 RESULT, TEXTS, RESULTS = "result.json", "texts.parquet", "results.parquet"
-NAMES = ("config", "settings", "seeds", "split", "topic", "average", "cases")
+NAMES = ("config", "settings", "seeds", "split", "topic", "average", "keep_weights", "cases")
 AVERAGE = "-average"  # behind the name of a case
 
 
@@ -70,6 +72,7 @@ class Study:
     name: str  # the page's
     topic: str  # of its records
     average: int = 0
+    keep_weights: bool = False
 
     @property
     def baseline(self) -> str:
@@ -102,7 +105,8 @@ class Trial:
         from haste_dist import checkpoint
 
         result, found = read_result(self), checkpoint.newest(self.folder / checkpoint.CHECKPOINTS)
-        return result is not None and found is not None and checkpoint.step_of(found) == result["step"]
+        # The result of a mean tells the steps of its members together.
+        return result is not None and found is not None and (bool(self.members) or checkpoint.step_of(found) == result["step"])
 
 
 def read_study_page(file: str | Path) -> Study:
@@ -134,8 +138,11 @@ def read_study_page(file: str | Path) -> Study:
         )
     if average and (twice := [name for name in cases if name + AVERAGE in cases]):
         raise ConfigError(f"{file}: case '{twice[0]}{AVERAGE}': is what the mean of {twice[0]}'s seeds is called; choose another name")
+    keep = page.get("keep_weights", False)
+    if type(keep) is not bool:
+        raise ConfigError(f"{file}: keep_weights={keep}: true or false")
     found = {name: tuple(words) for name, words in cases.items()}
-    return Study(str(page["config"]), tuple(lists[0]), tuple(seeds), split, found, Path(file).stem, topic, average)
+    return Study(str(page["config"]), tuple(lists[0]), tuple(seeds), split, found, Path(file).stem, topic, average, keep)
 
 
 def trials_of(study: Study, out: Path, overrides: list[str]) -> list[Trial]:
@@ -218,11 +225,11 @@ def _prepared(config: Config, folder: Path) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(folder)))
 
 
-def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False, keep_weights: bool = False) -> bool:
+def run_trial(trial: Trial, study: Study, wants_stop: Callable[[], bool] = lambda: False) -> bool:
     """Trains (or goes on), or averages what its members have trained, and scores on this process's device; writes the result.
 
-    Checkpoints are removed, with ``keep_weights`` only those of averages and their members. False: it was stopped before its end, and
-    saved. Raises HasteError.
+    Checkpoints are removed once nothing needs them, unless the ``study`` keeps them. False: it was stopped before its end, and saved.
+    Raises HasteError.
     """
     import torch
 
@@ -255,7 +262,7 @@ def run_trial(trial: Trial, wants_stop: Callable[[], bool] = lambda: False, keep
     }
     with replacing(folder / RESULT) as file:
         file.write((json.dumps(result, indent=1) + "\n").encode())
-    if trial.members or not keep_weights:
+    if not study.keep_weights and (trial.members or not study.average):
         for one in (trial, *trial.members):
             shutil.rmtree(one.folder / CHECKPOINTS)
     leave_world()

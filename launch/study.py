@@ -47,7 +47,8 @@ def study(page: str, out: Path, overrides: list[str], side_by_side: int, plot: b
     for trial in trials_of(wanted, out, overrides):
         trials.append(dataclasses.replace(trial, config=with_label_order(trial.config, out, wanted.seeds[0], embeddings)))
     missing = [trial for trial in trials if read_result(trial) is None]
-    again = [member.folder for trial in missing for member in trial.members if read_result(member) and not member.has_weights]
+    needed = [*(member for trial in missing for member in trial.members), *(trials if wanted.keep_weights else [])]
+    again = list(dict.fromkeys(one.folder for one in needed if read_result(one) and not one.has_weights))
     for folder in again:  # what it has is kept until it has it again
         console.print(f"{folder.name}: its weights are gone, so it is trained again")
     left = [trial for trial in trials if trial in missing or trial.folder in again]
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> int:
         wanted = read_study_page(page)
         trials = trials_of(wanted, Path(out), [*overrides, f"data.prepared={prepared}"])
         trial = next(trial for trial in trials if (trial.case, trial.seed) == (case, int(seed)))
-        return 0 if run_trial(trial, lambda: bool(received), keep_weights=wanted.average > 0) else 130
+        return 0 if run_trial(trial, wanted, lambda: bool(received)) else 130
     except HasteError as error:
         print(f"haste: error: {error}", file=sys.stderr, flush=True)
         return 2

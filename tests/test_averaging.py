@@ -324,6 +324,20 @@ def test_a_study_averages_seeds(pretrained: Config, tmp_path: Path, capsys: pyte
     again = read_result(trials["plain-average-2"]) or {}
     assert {name: again[name] for name in expected if "@" in name} == {name: found[name] for name in expected if "@" in name}
     assert again["step"] == 16
+
+    # A page that keeps weights makes those that are gone again, and only once; what it keeps is what it scored.
+    page = file.read_text()
+    file.write_text(f"{page}keep_weights: true\n")
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.count("trained again") == 3
+    assert all(trial.has_weights for trial in trials.values())
+    kept = evaluate_run(load_config(trials["plain-average-2"].folder / "config.yaml"), join_world("cpu"), "last")
+    assert {name: kept[name] for name in expected if "@" in name} == {name: found[name] for name in expected if "@" in name}
+    assert cli.main(words) == 0
+    assert "3 of 3 runs are in" in capsys.readouterr().out
+    file.write_text(page)
+    for trial in trials.values():
+        shutil.rmtree(trial.folder / "checkpoints")
     retrained = read_result(trials["plain-2"]) or {}
     assert retrained["train_seconds"] < seconds_trained(read_events(trials["plain-2"].folder))  # of both times
     for name in ("plain-average-2", "plain-3"):

@@ -30,7 +30,7 @@ from haste_dist.manifest import open_split, read_manifest
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
 from haste_dist.runlog import read_events
 from haste_dist.sealed import seal_data
-from haste_dist.trials import Trial, read_result, read_study_page, read_texts, run_trial, settings_of, trials_of, with_label_order
+from haste_dist.trials import Study, Trial, read_result, read_study_page, read_texts, run_trial, settings_of, trials_of, with_label_order
 from haste_dist.verify import check_data
 from haste_dist.world import World
 from haste_launch import cli
@@ -62,6 +62,7 @@ def page(folder: Path, text: str) -> Path:
         ("config: demo\ncases: {a: []}\nseeds: [0, 1]\naverage: true", "average=True"),
         ("config: demo\ncases: {a: [], a-average: []}\nseeds: [0, 1]\naverage: 2", "choose another name"),
         ("config: demo\ntopic: ../x\ncases: {a: []}", "topic=../x"),
+        ("config: demo\nkeep_weights: 1\ncases: {a: []}", "keep_weights=1: true or false"),
     ],
 )
 def test_a_page_that_is_no_study_is_told_in_one_line(text: str, says: str, tmp_path: Path) -> None:
@@ -327,14 +328,14 @@ def test_dev_texts_are_unknown_to_what_a_run_reads(tmp_path: Path) -> None:
     frequency = np.bincount(rows["labels"].combine_chunks().flatten().to_numpy(), minlength=101)
     order = load_label_order(folder)
     assert np.array_equal(order.frequency_of_row[order.row_of_label], frequency)
-    run_ranks(1, finish, trials[0])  # a process of its own: it leaves its process group
+    run_ranks(1, finish, trials[0], study)  # a process of its own: it leaves its process group
     result = read_result(trials[0])
     assert result is not None
     assert (result["split"], result["rows"], len(read_texts(trials[0]))) == ("dev", texts // 4, texts // 4)
 
 
-def finish(_world: World, trial: Trial) -> None:
-    assert run_trial(trial)
+def finish(_world: World, trial: Trial, study: Study) -> None:
+    assert run_trial(trial, study)
 
 
 def lines_of(records: Path) -> list[dict]:
