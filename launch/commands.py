@@ -171,7 +171,8 @@ def datasets(args: Namespace) -> int:
     from haste_dist.datasets import build_dataset
 
     stats = build_dataset(args.name, args.out, args.source)
-    print(f"{args.out}: {stats['train_texts']:,} texts to train on, {stats['test_texts']:,} to test, {stats['labels']:,} labels")
+    source = f", from {stats['source']}" if "source" in stats else ""
+    print(f"{args.out}: {stats['train_texts']:,} texts to train on, {stats['test_texts']:,} to test, {stats['labels']:,} labels{source}")
     return 0
 
 
