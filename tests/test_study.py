@@ -21,7 +21,7 @@ from tiny import FULL, make_prepared, run_ranks
 
 from haste_dist import label_embeddings
 from haste_dist.classifier import embedding_width, feature_slice
-from haste_dist.config import check_fan_in, save_config
+from haste_dist.config import check_fan_in, load_config, save_config
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.held_out import dev_rows
 from haste_dist.intervals import Interval, mean_of, metrics_of_sums, over_seeds, resample
@@ -108,6 +108,14 @@ def test_the_studies_that_come_along_can_be_run(file: Path, tmp_path: Path) -> N
         file.stem
         not in ("wordnet", "wordnet-basis", "debian-test", "debian-256-test", "debian-anew-test", "reembedding-test", "head-anew-test")
     )
+
+
+@pytest.mark.parametrize(("page", "name"), [("head-anew-test", "wordnet"), ("debian-anew-test", "debian")])
+def test_a_shipped_recipe_is_the_one_that_was_measured(page: str, name: str) -> None:
+    study = read_study_page(f"benchmarks/studies/{page}.yaml")
+    measured = next(trial for trial in trials_of(study, Path("study"), []) if trial.case == "recipe")
+    shipped = dataclasses.replace(measured, config=load_config(name, ["train.evaluate_every=0"]))
+    assert settings_of(measured) == settings_of(shipped)
 
 
 def some_texts(n: int, seed: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
