@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +206,7 @@ def stays_flat(world: World, config: Config, steps: int) -> None:
     seen: list[tuple[int, int, int]] = []
 
     def look() -> bool:
+        time.sleep(0.01)  # steps this small would leave a save no time to end before the next on a crowded machine
         seen.append(handles_and_memory())
         return False
 
