@@ -45,7 +45,7 @@ def debian_texts(source: str | Path | None) -> tuple[dict[str, Text], dict[str, 
     Raises DataError where they cannot be had or read.
     """
     found = {name: _index(name, source) for name in PATHS}
-    release = "12.15" if all(hashlib.sha256(found[name]).hexdigest() == OF_12_15[name] for name in PATHS) else "another than 12.15"
+    is_12_15 = all(hashlib.sha256(found[name]).hexdigest() == OF_12_15[name] for name in PATHS)
     described = {
         (stanza["Package"], stanza.get("Description-md5", "")): stanza.get("Description-en", "")
         for stanza in _stanzas("Translation-en", found["Translation-en"])
@@ -63,7 +63,12 @@ def debian_texts(source: str | Path | None) -> tuple[dict[str, Text], dict[str, 
             texts.setdefault(text_key(f"{title} {content}"), made).labels.update(labels)
     if not texts:
         raise DataError("debian: no package with a description and a relation; are these the indices Packages and Translation-en?")
-    return texts, {label: label for text in texts.values() for label in text.labels}, LICENCE, f"Debian {release}"
+    return (
+        texts,
+        {label: label for text in texts.values() for label in text.labels},
+        LICENCE,
+        "Debian 12.15" if is_12_15 else "other indices than Debian 12.15's",
+    )
 
 
 def _names(relation: str) -> Iterator[str]:

@@ -84,7 +84,7 @@ def test_descriptions_and_what_they_ask_for(indices: Path) -> None:
     assert len(texts) == 2  # without a relation or a description there is nothing to learn
     assert titles == {label: label for label in viewer.labels | library.labels}
     assert b"licence" in licence
-    assert release == "Debian another than 12.15"
+    assert release == "other indices than Debian 12.15's"
 
 
 @given(
@@ -98,7 +98,7 @@ def test_names_of_a_relation(wanted: list[tuple[str, str]]) -> None:
 def test_a_source_package_stays_on_one_side(indices: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (indices / "Packages").write_text(many(200, 4))
     assert cli.main(["datasets", "build", "debian", "--out", str(tmp_path / "out"), "--source", str(indices)]) == 0
-    assert "180 texts to train on, 20 to test, 7 labels, from Debian another" in capsys.readouterr().out
+    assert "180 texts to train on, 20 to test, 7 labels, from other indices than Debian 12.15's" in capsys.readouterr().out
     sides: dict[str, set[str]] = {}
     for side in ("trn", "tst"):
         with gzip.open(tmp_path / f"out/{side}.json.gz", "rt") as file:
