@@ -57,6 +57,11 @@ class Encoder(nn.Module):
         self.project = projection(model.config.hidden_size, project) if project else None  # type: ignore[union-attr, arg-type]
         config: Any = model.config
         self.whole_mask = config.model_type in WHOLE_MASK and config._attn_implementation == "sdpa"
+        if config.model_type == "mpnet":
+            from haste_dist.mpnet import fuse_attention  # here, for it imports transformers' own code of this family
+
+            fuse_attention(model)
+            self.whole_mask = True
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         mask = attention_mask

