@@ -16,7 +16,7 @@ import torch
 from haste_dist.classifier import INT16_WIDTH, feature_slice, stored_dtypes
 from haste_dist.config import Config
 from haste_dist.dry_run import EncoderNeeds, dry_run
-from haste_dist.graphs import MOST_TOKENS
+from haste_dist.graphs import MOST_TOKENS, padded_length
 from haste_dist.label_groups import head_size
 from haste_dist.reembedding import NUMBERS
 from haste_dist.replicas import ELEMENTS
@@ -46,6 +46,7 @@ class Facts:
     pad_id: int = 0
     ranks: int = 1  # W
     device: str = "cuda"
+    varied: bool = False  # texts are of many lengths, so that there are short batches, too
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,12 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     work = max(head_work, in_basis + _tail_workspace(config, cuda, n, groups, tail_width, weight, x_bytes), update)
     joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
     replays = cuda and config.encoder.graphs and needs.replays  # ``needs`` may be of another page
-    if replays and b * s <= MOST_TOKENS:  # activations for good, and a gradient; the first batch of a shape runs beside them
-        held["recorded passes"] = max(needs.forward, needs.backward) + 2 * joined
+    varied = facts.varied or config.data.label_texts > 0  # which are short
+    short = varied and config.data.length_buckets > 1 and b * padded_length(1, s) <= MOST_TOKENS
+    recorded = b if b * s <= MOST_TOKENS else MOST_TOKENS // s * short
+    if replays and recorded:  # activations of the largest batch that is, for good, and a gradient; the first of a shape runs beside them
+        largest = needs.of_rows(recorded)  # rows of the most tokens, as many tokens in all
+        held["recorded passes"] = max(largest.forward, largest.backward) + 2 * joined
     phases = {
         "encoder forward": {"activations": needs.forward, "batch": batch["batch"]},
         "output layer": {**batch, **masked, "activations": needs.kept, "kernel workspace": work + 32 * n * facts.most_labels},

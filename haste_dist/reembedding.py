@@ -31,7 +31,7 @@ from haste_dist.model import Prepared
 from haste_dist.rewire import Rewired
 from haste_dist.world import World
 
-NUMBERS = 2**22  # of a range: R * M
+NUMBERS = 2**22  # of a range: R * M; of embeddings on the device before they are copied to the host
 LEAST = 2.0**-24  # above 0 in float16
 
 
@@ -93,13 +93,26 @@ def _embed(config: Config, prepared: Prepared, engine: EncoderEngine, texts: Tex
     """(n, D) float16 on the CPU, rows of length 1, from the shortest text to the longest: the order of ``scoring_batches``."""
     pin, most = world.device.type == "cuda", prepared.manifest.splits["train"].max_labels
     maker = BatchMaker(texts, prepared.order.row_of_label, most, prepared.manifest.tokenizer.pad_id, world.size, world.rank, pin)
-    embedded_nD, at = torch.empty((len(texts), engine.width), dtype=torch.float16), 0
+    embedded_nD = torch.empty((len(texts), engine.width), dtype=torch.float16)
+    held: list[Tensor] = []
+    at = 0
+
+    def keep() -> None:
+        nonlocal at
+        if held:
+            part_nD = torch.cat(held)
+            embedded_nD[at : at + len(part_nD)] = part_nD  # waits for the GPU
+            at += len(part_nD)
+            held.clear()
+
     for batch in scoring_batches(maker, config.evaluate.batch_size):
-        mask = None if batch.is_full else batch.attention_mask.to(world.device)
-        x_BD = engine.embed(batch.input_ids.to(world.device), mask)
+        mask = None if batch.is_full else batch.attention_mask.to(world.device, non_blocking=True)
+        x_BD = engine.embed(batch.input_ids.to(world.device, non_blocking=True), mask)
         x_ND = gather_rows(x_BD, batch.rows, world)
-        embedded_nD[at : at + batch.rows] = torch.nn.functional.normalize(x_ND.float(), dim=1)
-        at += batch.rows
+        held.append(torch.nn.functional.normalize(x_ND.float(), dim=1).half())
+        if sum(map(torch.numel, held)) >= NUMBERS:
+            keep()
+    keep()
     return embedded_nD
 
 

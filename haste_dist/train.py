@@ -6,6 +6,7 @@ is no special case. A step is one step of the output layer; evaluations, checkpo
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,12 +202,13 @@ class Training:
             self._log_step(loss, rates)
 
     def _rewire(self, share: float) -> None:
-        config, step = self.config, self.state.step
+        config, step, began = self.config, self.state.step, time.perf_counter()
         if config.rewire.grow == "embeddings":
             done, of = reembed(config, self.prepared, self.engine, self.classifier, self.world, share), {"renewed": share}
         else:
             done, of = rewire(self.classifier, config.rewire, share, step, self.world), {"fraction": share}
-        self.log.event("rewire", step=step, replaced=done.replaced, connections=done.connections, **of)
+        taken = time.perf_counter() - began  # ``replaced`` was asked of the device, so it is done
+        self.log.event("rewire", step=step, replaced=done.replaced, connections=done.connections, seconds=taken, **of)
 
     def _log_start(self, texts: int) -> None:
         self.log.event(

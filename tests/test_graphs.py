@@ -1,6 +1,8 @@
 """Which passes are recorded, and how batches are padded for it; tests/gpu/test_graphs_gpu.py records and replays them."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_prepared
 
-from haste_dist.config import EncoderConfig
+from haste_dist.config import Config, EncoderConfig
+from haste_dist.fits import facts_of
 from haste_dist.graphs import MOST_TOKENS, GraphedModule, can_replay, padded_length
 from haste_dist.memory import Facts, memory_plan
 from haste_dist.model import make_encoder, open_prepared
@@ -74,11 +77,29 @@ def test_a_model_that_cannot_be_recorded_is_launched_as_ever(tmp_path: Path, mon
 
 
 def test_recorded_passes_are_planned_for(tmp_path: Path) -> None:
-    """On a GPU they hold their activations for good, beside those of the first batch of a shape; a larger batch is not recorded."""
-    small, large = (make_prepared(tmp_path / str(n), overrides=["encoder.graphs=true", f"train.batch_size={n}"]) for n in (64, MOST_TOKENS))
-    held = memory_plan(small, Facts(101, 3, 202)).held["recorded passes"]
-    off = memory_plan(make_prepared(tmp_path / "off", overrides=["train.batch_size=64", "encoder.graphs=false"]), Facts(101, 3, 202))
-    assert "recorded passes" not in {**off.held, **memory_plan(large, Facts(101, 3, 202)).held}
-    assert "recorded passes" not in memory_plan(small, Facts(101, 3, 202, device="cpu")).held
-    assert held >= off.phases["encoder backward"]["activations"] > 0
-    assert memory_plan(small, Facts(101, 3, 202)).phases == off.phases
+    """On a GPU they hold their activations for good, beside those of the first batch of a shape; a larger batch is not recorded, but
+    shorter ones may be."""
+    sizes = (64, MOST_TOKENS // 8, MOST_TOKENS)
+    small, large, huge = (make_prepared(tmp_path / str(n), overrides=["encoder.graphs=true", f"train.batch_size={n}"]) for n in sizes)
+    off = make_prepared(tmp_path / "off", overrides=["train.batch_size=64", "encoder.graphs=false"])
+
+    def held(config: Config, **facts: Any) -> int:
+        return memory_plan(config, Facts(101, 3, 202, **facts)).held.get("recorded passes", 0)
+
+    planned = memory_plan(off, Facts(101, 3, 202))
+    assert held(small) >= planned.phases["encoder backward"]["activations"] > 0
+    assert memory_plan(small, Facts(101, 3, 202)).phases == planned.phases
+    assert held(large, varied=True) == pytest.approx(held(small) * MOST_TOKENS / (64 * large.data.max_length), rel=0.1)
+    assert [held(small, device="cpu"), held(off, varied=True), held(large), held(huge, varied=True)] == [0] * 4
+    large.data.label_texts = 1
+    assert held(large) == held(large, varied=True)
+    large.data.length_buckets = 1  # every batch has a long text
+    assert held(large, varied=True) == 0
+
+
+def test_texts_of_many_lengths_are_known_by_their_mean(tmp_path: Path) -> None:
+    manifest = open_prepared(make_prepared(tmp_path)).manifest
+    train = manifest.splits["train"]
+    for tokens, varied in ((train.rows * manifest.max_length, False), (train.rows * manifest.max_length // 2, True)):
+        changed = dataclasses.replace(manifest, splits={"train": dataclasses.replace(train, tokens=tokens)})
+        assert facts_of(changed, 2, "cuda") == Facts(manifest.labels, train.max_labels, manifest.tokenizer.vocab_size, 0, 2, "cuda", varied)

@@ -11,7 +11,7 @@ from tiny import run_ranks
 from haste_dist import memory, replicas
 from haste_dist.classifier import KERNELS, Classifier
 from haste_dist.config import Config, load_config
-from haste_dist.dry_run import dry_run
+from haste_dist.dry_run import _as_on_a_gpu, dry_run
 from haste_dist.encoder import build_encoder
 from haste_dist.engine import EncoderEngine
 from haste_dist.errors import ConfigError
@@ -228,3 +228,12 @@ def test_biases_that_leave_labels_out_are_planned_for_an_evaluation() -> None:
     plan, plain = (memory_plan(one, facts).phases["evaluation"] for one in (page, config(*BERT)))
     rows, groups = shard_sizes(10_000_000, page.output.head_fraction, page.output.group_size, 1)
     assert sum(plan.values()) - sum(plain.values()) == 4 * (rows + groups * page.output.group_size)
+
+
+def test_a_mask_that_is_trained_has_a_gradient_in_a_dry_run() -> None:
+    """As the distances of MPNet have."""
+    q, mask = (torch.ones(2, 4, 6, width, device="meta", requires_grad=True) for width in (8, 6))
+    with _as_on_a_gpu():
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask).sum().backward()
+    assert mask.grad is not None
+    assert mask.grad.shape == mask.shape
