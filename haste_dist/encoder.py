@@ -90,18 +90,23 @@ def projection(hidden: int, width: int) -> nn.Linear:
 
 
 def resolve_name(name: str) -> str:
-    """``package:NAME/FOLDER`` becomes the local path of that folder inside an installed package; other names stay."""
+    """``package:NAME/FOLDER`` becomes the local path of that folder inside an installed package; paths must be there, other names stay."""
+    if name.startswith(("/", ".", "~")):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"encoder '{name}': there is no such folder")
+        return str(folder)
     if not name.startswith("package:"):
         return name
-    package, _, folder = name.removeprefix("package:").partition("/")
+    package, _, inside = name.removeprefix("package:").partition("/")
     try:
-        path = Path(str(importlib.resources.files(package))) / folder
+        path = Path(str(importlib.resources.files(package))) / inside
     except ModuleNotFoundError:
         raise ConfigError(
             f"encoder '{name}': the Python package '{package}' is not installed; pip install {package.replace('_', '-')}"
         ) from None
     if not path.is_dir():
-        raise ConfigError(f"encoder '{name}': the package '{package}' has no folder '{folder}'")
+        raise ConfigError(f"encoder '{name}': the package '{package}' has no folder '{inside}'")
     return str(path)
 
 
@@ -113,7 +118,7 @@ def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_name(name), use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"encoder.tokenizer: cannot load '{name}' ({_first_line(error)})") from None
+        raise _cannot_load("encoder.tokenizer", name, error) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or not tokenizer.is_fast:
         raise ConfigError(f"encoder.tokenizer: '{name}' has no fast tokenizer; choose one with a tokenizer.json")
     if tokenizer.pad_token_id is None:
@@ -145,7 +150,7 @@ def model_config(config: EncoderConfig, vocab_size: int, pad_id: int, max_length
         try:
             made = AutoConfig.from_pretrained(resolve_name(config.name), trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"encoder.name: cannot load '{config.name}' ({_first_line(error)})") from None
+            raise _cannot_load("encoder.name", config.name, error) from None
         if config.layers:
             made.num_hidden_layers = min(config.layers, made.num_hidden_layers)
         longest = getattr(made, "max_position_embeddings", max_length)
@@ -184,7 +189,7 @@ def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_lengt
                     use_safetensors=True,
                 )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"encoder.name: cannot load '{config.name}' ({_first_line(error)})") from None
+        raise _cannot_load("encoder.name", config.name, error) from None
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # pooling is ours; an unused layer would only take memory and optimizer state
     if config.checkpointing:
@@ -221,6 +226,11 @@ def _add_adapters(model: nn.Module, rank: int) -> None:
     except ModuleNotFoundError:
         raise ConfigError(f"encoder.lora_rank={rank}: the package peft is not installed; pip install 'haste-dist[lora]'") from None
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
+
+
+def _cannot_load(setting: str, name: str, error: Exception) -> ConfigError:
+    without = "; where the hub cannot be reached, name a folder that has its files" if "connect" in str(error) else ""
+    return ConfigError(f"{setting}: cannot load '{name}' ({_first_line(error).rstrip('.')}){without}")
 
 
 def _first_line(error: Exception) -> str:

@@ -46,12 +46,14 @@ def test_checkpointing_and_compiling_change_no_loss(tmp_path: Path, monkeypatch:
     np.testing.assert_allclose(read_losses(compiled.run.folder), read_losses(reference.run.folder), rtol=1e-5)
 
 
-def test_blocks_of_one_kind_are_compiled_once() -> None:
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_blocks_of_one_kind_are_compiled_once(family: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    counter, config = CompileCounterWithBackend("aot_eager"), EncoderConfig(width=32, heads=2, layers=4, dropout=0.1)
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    encoder = build_encoder(config, 100, 0, 32).train()
+    torch._dynamo.utils.counters.clear()
+    encoder = Encoder(tiny_model(family)).train()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
         compile_blocks(encoder)
@@ -126,6 +128,19 @@ def test_mpnet_through_fused_attention_is_what_transformers_has(hidden: bool) ->
     torch.testing.assert_close(encoder(ids, mask), expected)
     encoder.model.encoder.layer[0].attention.attn.dropout.p = 0.5
     assert not torch.equal(encoder(ids, mask), encoder(ids, mask))
+
+
+def test_models_that_cannot_be_had_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"^encoder '\./no/such': there is no such folder$"):
+        build_encoder(EncoderConfig(name="./no/such"), 100, 0)
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect to the hub.\nCheck it.")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    advice = r"cannot load 'a/b' \(We couldn't connect to the hub\); where the hub cannot be reached, name a folder that has its files$"
+    with pytest.raises(ConfigError, match=advice):
+        build_encoder(EncoderConfig(name="a/b"), 100, 0)
 
 
 def test_attention_kernels_that_are_missing_are_told(tmp_path: Path) -> None:
