@@ -5,7 +5,8 @@
 
 A table stands between `<!-- table: TOPIC STUDY SPLIT -->` and `<!-- end -->`: a row a case of benchmarks/studies/STUDY.yaml that has
 records in benchmarks/records/TOPIC.jsonl, in percent, the mean over its seeds with half of its 95% interval (Student's t) from three
-seeds on. Of a case and seed that was run several times the last record counts.
+seeds on; then the layer's memory in training, and how many times less it is than that of a dense layer under Adam in float32. Of a case
+and seed that was run several times the last record counts.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from haste_dist.trials import read_study_page
 
 HERE = Path(__file__).resolve().parent
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ADAM_BYTES = 12  # a weight of a dense layer in float32, and Adam's two moments
 COLUMNS = {
     **{f"{name.upper()}@{k}": f"{name}_at_{k}" for name, k in (("p", 1), ("p", 3), ("p", 5), ("psp", 1), ("psp", 5))},
     "R@5 seen 1": "r_at_5_freq_1",
@@ -51,11 +53,12 @@ def table(topic: str, study: str, split: str, records: Path) -> str:
     cases = [case for case in read_study_page(HERE / "studies" / f"{study}.yaml").all_cases if case in runs]
     if not cases:
         sys.exit(f"{records}/{topic}.jsonl: holds no run of study {study} on the {split} split")
-    head = ["case", "seeds", *COLUMNS, "layer, MB"]
+    head = ["case", "seeds", *COLUMNS, "layer, MB (times less)"]
     rows = [head, ["---"] * len(head)]
     for case in cases:
         found = list(runs[case].values())
-        megabytes = f"{found[0]['output_bytes'] / 1e6:.1f}"
+        size, shape = found[0]["output_bytes"], found[0]["shape"]
+        megabytes = f"{size / 1e6:.1f} ({ADAM_BYTES * shape['L'] * shape['D'] / size:.0f})"
         rows.append([case, str(len(found)), *(cell([run[name] for run in found]) for name in COLUMNS.values()), megabytes])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
