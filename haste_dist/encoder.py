@@ -58,9 +58,7 @@ class Encoder(nn.Module):
         config: Any = model.config
         self.whole_mask = config.model_type in WHOLE_MASK and config._attn_implementation == "sdpa"
         if config.model_type == "mpnet":
-            from haste_dist.mpnet import fuse_attention  # here, for it imports transformers' own code of this family
-
-            fuse_attention(model)
+            _fuse_attention(model)
             self.whole_mask = True
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -193,13 +191,7 @@ def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_lengt
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # pooling is ours; an unused layer would only take memory and optimizer state
     if config.checkpointing:
-        model.config.use_cache = False  # of decoders; transformers would say so
-        # Its name since transformers 5.18 or so, and the one before.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        try:
-            enable({"use_reentrant": False})
-        except ValueError as error:
-            raise ConfigError(f"encoder.checkpointing: '{config.name}' has none ({_first_line(error)})") from None
+        _checkpoint(model, config.name)
     if config.lora_rank:
         _add_adapters(model, config.lora_rank)
     return Encoder(model, config.pooling, config.normalize, config.attention == "cudnn", config.project)
@@ -217,6 +209,27 @@ def compile_blocks(encoder: Encoder) -> None:
     blocks = max(lists, key=lambda part: sum(p.numel() for p in part.parameters()), default=[encoder])
     for block in blocks:
         block.compile(options={"fallback_random": True} if on_gpu else None)
+
+
+def _checkpoint(model: nn.Module, name: str) -> None:
+    """Activations made again in the backward pass. Raises ConfigError."""
+    known: Any = model
+    known.config.use_cache = False  # of decoders; transformers would say so
+    if known.config.model_type == "mpnet":
+        _fuse_attention(model, checkpointing=True)
+        return
+    # Its name since transformers 5.18 or so, and the one before.
+    enable = getattr(known, "activation_checkpointing_enable", None) or known.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"encoder.checkpointing: '{name}' has none ({_first_line(error)})") from None
+
+
+def _fuse_attention(model: nn.Module, checkpointing: bool = False) -> None:
+    from haste_dist.mpnet import fuse_attention  # here, for it imports transformers' own code of this family
+
+    fuse_attention(model, checkpointing)
 
 
 def _add_adapters(model: nn.Module, rank: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
 
@@ -25,7 +26,10 @@ class FusedAttention(MPNetSelfAttention):  # type: ignore[misc]
 
 
 class FusedEncoder(MPNetEncoder):  # type: ignore[misc]
-    """Adds the mask to the distances' biases once, not in every layer; no step waits for the host."""
+    """Adds the mask to the distances' biases once, not in every layer; no step waits for the host. ``checkpointing``: layers keep their
+    input alone, and run again in the backward pass."""
+
+    checkpointing = False
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
         """``attention_mask``: None, or what broadcasts to (B, H, S, S): bool, true where a token is seen, or numbers to add."""
@@ -37,18 +41,21 @@ class FusedEncoder(MPNetEncoder):  # type: ignore[misc]
         elif attention_mask is not None:
             bias = bias + attention_mask.to(bias.dtype)
         for layer in self.layer:
-            (hidden_states,) = layer(hidden_states, None, bias)
+            if self.checkpointing and self.training:
+                (hidden_states,) = checkpoint(layer, hidden_states, None, bias, use_reentrant=False)
+            else:
+                (hidden_states,) = layer(hidden_states, None, bias)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
-def fuse_attention(model: nn.Module) -> None:
+def fuse_attention(model: nn.Module, checkpointing: bool = False) -> None:
     """Makes an MPNetModel's encoder and attention those above, in place; parameters and their names stay."""
     part: Any
     for part in model.modules():
         if type(part) is MPNetSelfAttention:
             part.__class__ = FusedAttention
         elif type(part) is MPNetEncoder:
-            part.__class__ = FusedEncoder
+            part.__class__, part.checkpointing = FusedEncoder, checkpointing
             longest, buckets = part.config.max_position_embeddings, part.config.relative_attention_num_buckets
             # On the CPU, as its weights were trained: logarithms of a GPU put some distances into another bucket.
             distance_LL = torch.arange(longest)[None, :] - torch.arange(longest)[:, None]

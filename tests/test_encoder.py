@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +129,23 @@ def test_mpnet_through_fused_attention_is_what_transformers_has(hidden: bool) ->
     torch.testing.assert_close(encoder(ids, mask), expected)
     encoder.model.encoder.layer[0].attention.attn.dropout.p = 0.5
     assert not torch.equal(encoder(ids, mask), encoder(ids, mask))
+
+
+def test_mpnet_makes_activations_again(tmp_path: Path) -> None:
+    """With dropout; the layers' run in the backward pass is counted."""
+    tiny_model("mpnet").save_pretrained(tmp_path)
+    ids, runs, gradients = torch.randint(5, 99, (3, 20)), [], []
+    for checkpointing in (False, True):
+        encoder = build_encoder(EncoderConfig(name=str(tmp_path), checkpointing=checkpointing), 100, 1).train()
+        attention: Any = encoder.model.encoder.layer[0].attention.attn
+        runs.append(0)
+        attention.register_forward_hook(lambda *_: runs.append(runs.pop() + 1))
+        torch.manual_seed(1)
+        encoder(ids, torch.ones_like(ids)).square().sum().backward()
+        gradients.append([p.grad for p in encoder.parameters()])
+    assert runs == [1, 2]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one)
 
 
 def test_models_that_cannot_be_had_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
