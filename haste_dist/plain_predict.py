@@ -7,12 +7,14 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, logging
 
 
 @torch.no_grad()
 def main(folder: Path, texts: list[str], k: int = 5) -> None:
     page = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    logging.set_verbosity_error()  # the folder has no pooler, and nothing here reads one
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder / "encoder", trust_remote_code=False)
     encoder = AutoModel.from_pretrained(folder / "encoder", trust_remote_code=False, use_safetensors=True).eval()
     tokens = tokenizer(texts, truncation=True, max_length=page["max_length"], padding=True, return_tensors="pt")

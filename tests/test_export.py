@@ -58,7 +58,7 @@ def test_an_exported_run_predicts_as_the_run_does(trained: Config, tmp_path: Pat
     assert np.array_equal(scores, their_scores)
 
     plain = subprocess.run([sys.executable, str(out / "predict.py"), *TEXTS], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert plain.returncode == 0, plain.stderr
+    assert (plain.returncode, plain.stderr) == (0, "")
     lines = [line.split() for line in plain.stdout.splitlines() if line.startswith("  ")]
     assert [int(line[1]) for line in lines] == ours[:, :5].ravel().tolist()
     np.testing.assert_allclose([float(line[0]) for line in lines], 1 / (1 + np.exp(-scores[:, :5].ravel().astype(float))), atol=2e-6)
