@@ -54,7 +54,7 @@ def test_blocks_of_one_kind_are_compiled_once(family: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    encoder = Encoder(tiny_model(family)).train()
+    encoder = Encoder(tiny_model(family, layers=4)).train()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
         compile_blocks(encoder)
@@ -66,10 +66,10 @@ def test_blocks_of_one_kind_are_compiled_once(family: str) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def tiny_model(family: str) -> torch.nn.Module:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+def tiny_model(family: str, layers: int = 2) -> torch.nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 64}
     if family == "distilbert":
-        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+        sizes = {"dim": 32, "n_layers": layers, "n_heads": 2, "hidden_dim": 64}
     if family in ("electra", "albert"):
         sizes["embedding_size"] = 32
     torch.manual_seed(0)
