@@ -96,23 +96,15 @@ def _embed(config: Config, prepared: Prepared, engine: EncoderEngine, texts: Tex
     embedded_nD = torch.empty((len(texts), engine.width), dtype=torch.float16)
     held: list[Tensor] = []
     at = 0
-
-    def keep() -> None:
-        nonlocal at
-        if held:
-            part_nD = torch.cat(held)
-            embedded_nD[at : at + len(part_nD)] = part_nD  # waits for the GPU
-            at += len(part_nD)
-            held.clear()
-
     for batch in scoring_batches(maker, config.evaluate.batch_size):
         mask = None if batch.is_full else batch.attention_mask.to(world.device, non_blocking=True)
         x_BD = engine.embed(batch.input_ids.to(world.device, non_blocking=True), mask)
         x_ND = gather_rows(x_BD, batch.rows, world)
         held.append(torch.nn.functional.normalize(x_ND.float(), dim=1).half())
-        if sum(map(torch.numel, held)) >= NUMBERS:
-            keep()
-    keep()
+        rows = sum(map(len, held))
+        if rows * engine.width >= NUMBERS or at + rows == len(texts):
+            embedded_nD[at : at + rows] = torch.cat(held)  # waits for the GPU
+            held, at = [], at + rows
     return embedded_nD
 
 
