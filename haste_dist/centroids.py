@@ -35,7 +35,7 @@ def start_from_centroids(classifier: Classifier, prepared: Prepared) -> None:
     vectors_LD = _vectors(prepared.folder)
     mean_D = torch.from_numpy(label_mean(vectors_LD)[span.start : span.stop])
     size, fan_in = shard.group_size, classifier.config.fan_in
-    basis_DD = None if classifier.basis is None else classifier.basis.cpu()
+    basis_DD = None if classifier.basis is None else classifier.basis.cpu().float()
     for start in range(0, shard.groups, CHUNK):
         stop = min(start + CHUNK, shard.groups)
         rows = shard.tail_start + np.arange(start * size, stop * size)

@@ -122,7 +122,7 @@ class Classifier:
             if config.tail_lr is not None:
                 args = dataclasses.replace(args, lr=lr * config.tail_lr / config.lr if config.lr else 0.0)
             dx, loss = stage("tail")(self.steps.tail)(x, counted_from(positives, self.tail.first_row), self.tail, args, want_loss)
-            self._accumulate(dx_ND, dx if self.basis is None else dx @ self.basis.T, mask, self.tail_slice)
+            self._accumulate(dx_ND, dx if self.basis is None else dx @ self.basis.float().T, mask, self.tail_slice)
             losses.append(loss)
         return dx_ND, torch.stack([x for x in losses if x is not None] or [dx_ND.new_zeros(())]).sum() if want_loss else None
 
@@ -205,8 +205,8 @@ class Classifier:
         return x_ND if part.width == x_ND.shape[1] else x_ND[:, part.start : part.stop].contiguous()
 
     def _turned(self, x: Tensor) -> Tensor:
-        """What the tail reads, in its basis; in float32, since a basis in bfloat16 would not be orthogonal."""
-        return x if self.basis is None else (x.float() @ self.basis).to(x.dtype)
+        """What the tail reads, in its basis; by a product in float32, since a basis in bfloat16 would not be orthogonal."""
+        return x if self.basis is None else (x.float() @ self.basis.float()).to(x.dtype)
 
     def _masked(
         self, x_ND: Tensor, part: Slice, dropout: float, step: int, stream: int, place: Rows | None = None

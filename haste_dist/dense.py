@@ -33,7 +33,7 @@ def dense_layer(tensors: dict[str, Tensor], page: dict[str, Any], order: LabelOr
     read_RD = weight_RD[head:, slice(*page["tail_features"])].scatter_(1, features_RF, tail_RF)
     if order.basis is not None and page["basis"] == "labels":
         for rows_RD in read_RD.split(ROWS):
-            rows_RD.copy_(rows_RD @ order.basis.T)
+            rows_RD.copy_(rows_RD @ order.basis.float().T)
     bias_R = torch.zeros(len(weight_RD))
     if "tail.bias" in tensors:
         bias_R = torch.cat([tensors["head.bias"].float(), tensors["tail.bias"].float().flatten()])

@@ -184,7 +184,7 @@ class Bench:
         shard = label_shard(head_rows, groups, point.group, point.labels, world.size, world.rank)
         _forget_peak(world.device)
         width = self.encoder.width
-        basis = torch.eye(feature_slice(output.tail_features, width).width)  # made-up labels have none of their own
+        basis = torch.eye(feature_slice(output.tail_features, width).width, dtype=torch.float16)  # made-up labels have none of their own
         made = Classifier(output, shard, width, config.run.seed, world.device, basis=basis)
         most = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else made.bytes()
         return made, _most(most, world)

@@ -99,7 +99,7 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
         "output momentum": weights * momentum,
         "output biases": biases * (2 if momentum else 1),
         "tail indices": t * output.fan_in * (2 if tail_width <= INT16_WIDTH else 4),
-        "basis": 4 * tail_width**2 * turned,
+        "basis": HALF * tail_width**2 * turned,
         "encoder weights": needs.parameters * x_bytes,
         **_optimizer_state(config, needs, x_bytes, facts.ranks),
     }

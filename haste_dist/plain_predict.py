@@ -29,7 +29,7 @@ def main(folder: Path, texts: list[str], k: int = 5) -> None:
     head = x[:, slice(*page["head_features"])] @ part["head.weight"].T + part.get("head.bias", 0.0)  # dense rows
     x = x[:, slice(*page["tail_features"])]
     if page.get("basis") == "labels":
-        x = x @ load_file(folder / "label_basis.safetensors")["basis"].view(x.shape[1], -1)  # (features, features)
+        x = x @ load_file(folder / "label_basis.safetensors")["basis"].float().view(x.shape[1], -1)  # (features, features)
     read = x[:, part["tail.index"].long()]  # (texts, groups, fan-in): what each group of labels reads
     tail = torch.einsum("ntf,tgf->ntg", read, part["tail.weight"]) + part.get("tail.bias", 0.0)
     logits = torch.cat([head, tail.flatten(1)], dim=1)[:, : page["labels"]]  # behind the labels is padding

@@ -133,7 +133,7 @@ def _renew_tail(classifier: Classifier, part: Range, mean_D: Tensor, share: floa
     tail, span = classifier.tail, classifier.tail_slice
     v_RM, told_R1 = _centred(part, mean_D, span)
     if classifier.basis is not None:
-        v_RM = v_RM @ classifier.basis
+        v_RM = v_RM @ classifier.basis.float()
     size = tail.weight.shape[1]
     groups = slice(part.first // size, part.last // size)
     told_TG1 = told_R1.view(-1, size, 1)

@@ -15,7 +15,7 @@ from test_extension import grow, grown_config, scores, without_ray
 from tiny import check_resumed_and_shared, final_tensors, read_losses, train_all
 
 from haste_dist import basis, label_embeddings
-from haste_dist.basis import BASIS_FILE, principal_basis, read_basis, write_basis
+from haste_dist.basis import BASIS_FILE, principal_basis, principal_directions, read_basis, write_basis
 from haste_dist.centroids import start_from_centroids
 from haste_dist.config import Config, load_config
 from haste_dist.errors import ConfigError, DataError, HasteError
@@ -52,11 +52,11 @@ def make_order(config: Config, vectors: np.ndarray) -> None:
 
 
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 2**32 - 1))
-def test_the_basis_is_orthogonal_and_its_features_vary_less_and_less(rows: int, width: int, seed: int) -> None:
+def test_directions_are_orthogonal_and_their_features_vary_less_and_less(rows: int, width: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     vectors = (random.standard_normal((rows, width)) * random.uniform(0.1, 3, width) + random.standard_normal(width)).astype(np.float16)
-    found = principal_basis(vectors).double().numpy()
-    np.testing.assert_allclose(found.T @ found, np.eye(width), atol=1e-5)
+    found = principal_directions(vectors)
+    np.testing.assert_allclose(found.T @ found, np.eye(width), atol=1e-10)
     turned = vectors.astype(np.float64) @ found
     turned -= turned.mean(0)
     scatter = turned.T @ turned / rows
@@ -64,6 +64,9 @@ def test_the_basis_is_orthogonal_and_its_features_vary_less_and_less(rows: int, 
     assert (np.diff(variance) <= 1e-4 * variance.max()).all()
     np.testing.assert_allclose(scatter, np.diag(variance), atol=1e-4 * max(1, variance.max()))
     assert (np.take_along_axis(found, np.abs(found).argmax(0)[None], 0) > 0).all()
+    half = principal_basis(vectors)
+    assert half.dtype == torch.float16
+    assert np.array_equal(half.numpy(), found.astype(np.float16))
 
 
 def test_many_labels_are_looked_at_in_pieces_and_at_even_distances(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +78,7 @@ def test_many_labels_are_looked_at_in_pieces_and_at_even_distances(monkeypatch: 
     torch.testing.assert_close(principal_basis(vectors), principal_basis(vectors[::4]))
 
 
-def test_a_file_may_have_a_dimension_of_one_more(tmp_path: Path) -> None:
+def test_files_of_earlier_programs_are_read(tmp_path: Path) -> None:
     config = with_basis(tmp_path)
     prepared = Path(config.data.prepared)
     order = load_label_order(prepared)
@@ -85,6 +88,11 @@ def test_a_file_may_have_a_dimension_of_one_more(tmp_path: Path) -> None:
     assert found.basis is not None
     assert torch.equal(found.basis, order.basis)
     assert found.fingerprint == order.fingerprint
+    write_basis(prepared, order.basis.float())  # as earlier programs wrote it
+    single = load_label_order(prepared)
+    assert single.basis is not None
+    assert single.basis.dtype == torch.float32
+    assert single.fingerprint == order.fingerprint
     manifest = open_prepared(config).manifest
     assert label_order_is_current(config, prepared, manifest)
     for shape in ((3, WIDTH, 10), (1, WIDTH, 10)):
@@ -104,17 +112,16 @@ def test_a_tail_in_a_basis_is_a_dense_layer_turned(tmp_path: Path) -> None:
     start_from_centroids(layer, prepared)
     x_ND, rows_NM = torch.randn(6, WIDTH), torch.tensor([[3, 50], [0, -1], [7, 8], [99, 3], [20, -1], [64, 65]])
 
-    def dense() -> torch.Tensor:
+    def spread() -> torch.Tensor:
         index = layer.tail.index.long().repeat_interleave(16, 0)
-        weight = torch.zeros(len(index), WIDTH, dtype=torch.float64).scatter_(1, index, layer.tail.weight.double().flatten(0, 1))
-        return weight @ turn.double().T
+        return torch.zeros(len(index), WIDTH, dtype=torch.float64).scatter_(1, index, layer.tail.weight.double().flatten(0, 1))
 
     bias = layer.tail.bias
     assert bias is not None
     values, _ = layer.topk(x_ND, 5)
-    logits = x_ND.double() @ dense().T + bias.double().flatten()
+    logits = x_ND.double() @ (spread() @ turn.double().T).T + bias.double().flatten()
     torch.testing.assert_close(values.double(), logits[:, :LABELS].topk(5).values, rtol=1e-5, atol=1e-5)
-    weight = dense().requires_grad_()
+    before, weight = spread(), (spread() @ turn.double().T).requires_grad_()
     _, mask = layer._masked(x_ND, layer.tail_slice, 0.5, 4, 12, all_rows(6))
     assert mask is not None
     x = x_ND.double().requires_grad_()
@@ -132,7 +139,7 @@ def test_a_tail_in_a_basis_is_a_dense_layer_turned(tmp_path: Path) -> None:
     assert got is not None
     torch.testing.assert_close(got.double(), loss.detach(), rtol=1e-4, atol=1e-6)
     assert weight.grad is not None
-    turned = (weight.detach() - 0.1 * weight.grad) @ turn.double()
+    turned = before - 0.1 * weight.grad @ turn.double()
     index = layer.tail.index.long().repeat_interleave(16, 0)
     torch.testing.assert_close(layer.tail.weight.double().flatten(0, 1), turned.gather(1, index), rtol=1e-4, atol=1e-6)
     layer.keep(x_ND, rows_NM, 4)
@@ -168,7 +175,7 @@ def test_groups_read_what_holds_most_of_their_labels(tmp_path: Path) -> None:
         start_from_centroids(layer, prepared)
         own = np.load(prepared.folder / "label_vectors.npy", allow_pickle=False).astype(np.float32)
         own = torch.from_numpy(own - own.mean(0))[torch.tensor(prepared.order.label_of_row[prepared.order.head_rows : LABELS])]
-        turned = own if layer.basis is None else own @ layer.basis
+        turned = own if layer.basis is None else own @ layer.basis.float()
         index = layer.tail.index.long().repeat_interleave(16, 0)[: len(own)]
         kept[name] = float(turned.gather(1, index).square().sum() / own.square().sum())
     assert kept["labels"] > 0.999

@@ -89,7 +89,9 @@ def test_the_output_layers_bytes_are_exact(
     assert shard_sizes(labels, head, group, ranks) == (max(s.head_stop - s.head_start for s in shards), max(s.groups for s in shards))
     held = memory_plan(page, Facts(labels, 4, 40, 0, ranks, "cpu")).held
     counted = sum(size for name, size in held.items() if not name.startswith("encoder"))
-    assert counted == max(Classifier(page.output, shard, 32, 0, torch.device("cpu"), basis=torch.eye(32)).bytes() for shard in shards)
+    assert counted == max(
+        Classifier(page.output, shard, 32, 0, torch.device("cpu"), basis=torch.eye(32).half()).bytes() for shard in shards
+    )
 
 
 @pytest.mark.parametrize("project", [0, 24])
@@ -127,7 +129,7 @@ def step_within_plan(world: World, words: list[str], tolerance: float) -> None:
     world = split_world(world, page.launch.label_parallel)
     shard = label_shard(head, groups, page.output.group_size, labels, world.shards.size, world.shards.rank)
     steps = summed_over(world.copies) if world.copies.size > 1 else KERNELS
-    classifier = Classifier(page.output, shard, encoder.width, 0, world.device, steps, basis=torch.eye(encoder.width))
+    classifier = Classifier(page.output, shard, encoder.width, 0, world.device, steps, basis=torch.eye(encoder.width).half())
     batch = synthetic_batch(LAW, labels, head, n, s, vocabulary, 0, 0, world.size, world.rank)
 
     def step(number: int) -> None:

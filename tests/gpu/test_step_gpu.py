@@ -30,7 +30,7 @@ def refuse(*_: object) -> None:
 
 
 def turned(order: LabelOrder) -> LabelOrder:
-    return dataclasses.replace(order, basis=torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0])
+    return dataclasses.replace(order, basis=torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0].half())
 
 
 @pytest.mark.parametrize(
