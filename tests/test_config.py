@@ -249,6 +249,7 @@ def test_the_pages_that_the_work_needs_are_shipped() -> None:
         "wordnet",
         "debian",
         "debian-mpnet",
+        "wordnet-mpnet",
         "lf-amazontitles-131k",
         "amazon-670k",
         "amazon-3m",

