@@ -4,6 +4,7 @@ A case is a line in the first two, with the mean over seeds as a point, its 95% 
 a seed; the first case's mean is drawn through all lines. In the third a case is a point, and what no other case beats is joined.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from haste_dist.plot import BLUE, GREY, ORANGE, tidy
 MAIN = ("P@1", "P@5", "PSP@1", "PSP@5")
 BINS = {f"r_at_5_freq_{name}": name.replace("over_", "over ").replace("_", " to ") for _, _, name in FREQUENCY_BINS}
 PLACES = [(x, y) for x in (6, -6, 0) for y in (0, 7, -7, 14, -14, 22, -22, 30, -30) if x or y]  # points a label may lie off its dot
+NEAR = 7  # points: a line leads to a label that lies further off
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,13 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def label_points(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Writes each point's name beside it, where no other name or point is if there is such a place. Of a figure that was laid out."""
-    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in axis.transData.transform(list(points.values()))]
-    frame = axis.get_window_extent()
+    """Writes each point's name beside it: where no other name or point is, and no other point nearer, if there is such a place.
+
+    Of a figure that was laid out.
+    """
+    where = dict(zip(points, axis.transData.transform(list(points.values())), strict=True))
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in where.values()]
+    frame, right = axis.get_window_extent(), axis.get_figure(root=True).bbox.x1
     for name, at in sorted(points.items(), key=lambda item: (-item[1][1], item[1][0])):
         text = axis.annotate(name, at, xytext=(0, 0), textcoords="offset points", fontsize=8)
         text.set_bbox({"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
@@ -129,10 +135,19 @@ def label_points(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
         for number, (x, y) in enumerate(PLACES):
             text.set(position=(x, y), ha="left" if x > 0 else "right" if x < 0 else "center", va="center")
             box = text.get_window_extent()
-            outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 + 30 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
-            found.append((sum(box.overlaps(other) for other in taken) + outside, number))
+            outside = not (frame.x0 <= box.x0 and box.x1 <= min(frame.x1 + 30, right) and frame.y0 <= box.y0 and box.y1 <= frame.y1)
+            misread = min(where, key=lambda point: _distance(box, where[point])) != name
+            found.append((sum(box.overlaps(other) for other in taken) + outside + 0.5 * misread, number))
             if not found[-1][0]:
                 break
         x, y = PLACES[min(found)[1]]
         text.set(position=(x, y), ha="left" if x > 0 else "right" if x < 0 else "center", va="center")
         taken.append(text.get_window_extent())
+        if abs(y) > NEAR:
+            line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+            axis.annotate("", at, xytext=(x, y), textcoords="offset points", arrowprops=line)
+
+
+def _distance(box: Bbox, point: Sequence[float]) -> float:
+    x, y = point
+    return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))

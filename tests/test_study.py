@@ -320,10 +320,23 @@ def test_labels_of_points_lie_apart() -> None:
     cases = {f"case {i}": Seen({name: Interval(0.5 + i / 1000, 0.49, 0.51) for name in ("P@1", "PSP@5")}, {}, 1e6 + i) for i in range(9)}
     cases["momentum in float32, nearest"] = Seen({name: Interval(0.5, np.nan, np.nan) for name in ("P@1", "PSP@5")}, {}, 9e6)
     for axis in draw_memory(cases).axes:
-        boxes = [text.get_window_extent() for text in axis.texts]
+        boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
         assert len(boxes) == 10
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
         assert all(box.x0 >= axis.figure.bbox.x0 and box.x1 <= axis.figure.bbox.x1 for box in boxes)
+
+
+def test_a_name_lies_nearest_to_its_own_point() -> None:
+    """Where the place at its right is taken: one above another, and a third in the way of the longer name."""
+    at = {"small": (10.8, 76.75), "small-average": (10.8, 76.92), "recipe": (15.4, 76.90), "recipe-average": (15.4, 77.02)}
+    at |= {"dense": (73.8, 76.77), "dense-average": (73.8, 77.71)}
+    seen = {case: Interval(y / 100, y / 100 - 0.011, y / 100 + 0.011) for case, (_, y) in at.items()}
+    axis = draw_memory({case: Seen({"P@1": seen[case]}, {}, round(x * 1e6)) for case, (x, _) in at.items()}).axes[0]
+    points = dict(zip(at, axis.transData.transform(list(at.values())), strict=True))
+    for text in (text for text in axis.texts if text.get_text()):
+        box = text.get_window_extent()
+        off = {case: np.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1)) for case, (x, y) in points.items()}
+        assert min(off, key=off.__getitem__) == text.get_text()
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
