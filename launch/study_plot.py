@@ -107,7 +107,7 @@ def draw_memory(cases: Mapping[str, Seen]) -> Figure:
     figure.draw_without_rendering()  # else nothing has its place yet
     figure.set_layout_engine("none")
     for axis, points in drawn.items():
-        label_points(axis, points)
+        label_points(axis, points, figure.bbox.x1)
     return figure
 
 
@@ -120,14 +120,14 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def label_points(axis: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+def label_points(axis: Axes, points: Mapping[str, tuple[float, float]], right: float) -> None:
     """Writes each point's name beside it: where no other name or point is, and no other point nearer, if there is such a place.
 
-    Of a figure that was laid out.
+    Of a figure that was laid out, and ends at ``right``.
     """
     where = dict(zip(points, axis.transData.transform(list(points.values())), strict=True))
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in where.values()]
-    frame, right = axis.get_window_extent(), axis.get_figure(root=True).bbox.x1
+    frame = axis.get_window_extent()
     for name, at in sorted(points.items(), key=lambda item: (-item[1][1], item[1][0])):
         text = axis.annotate(name, at, xytext=(0, 0), textcoords="offset points", fontsize=8)
         text.set_bbox({"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5})
