@@ -241,6 +241,16 @@ def _add_adapters(model: nn.Module, rank: int) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
 
 
+def merge_adapters(model: nn.Module) -> None:
+    """Adds each adapter to the layer that it adapts, which takes its place: names and shapes are those of the model without any."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, adapted in [(name, part) for name, part in model.named_modules() if isinstance(part, LoraLayer)]:
+        adapted.merge()
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, adapted.get_base_layer())
+
+
 def _cannot_load(setting: str, name: str, error: Exception) -> ConfigError:
     without = "; where the hub cannot be reached, name a folder that has its files" if "connect" in str(error) else ""
     return ConfigError(f"{setting}: cannot load '{name}' ({_first_line(error).rstrip('.')}){without}")

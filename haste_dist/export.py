@@ -30,7 +30,7 @@ from haste_dist.checkpoint import ENCODER, load_rows
 from haste_dist.classifier import Classifier, feature_slice
 from haste_dist.config import ENCODER_FOLDER, Config, encoder_settings_of, load_config, save_config
 from haste_dist.dense import dense_layer, write_onnx
-from haste_dist.encoder import Encoder, build_encoder, load_tokenizer
+from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, merge_adapters
 from haste_dist.errors import CheckpointError, DataError, HasteError
 from haste_dist.label_groups import LabelOrder, copy_order, load_label_order
 from haste_dist.runlog import read_events
@@ -125,6 +125,8 @@ def _write_encoder(folder: Path, config: Config, run: Path, weights: dict[str, T
     tokenizer = load_tokenizer(settings)
     encoder = build_encoder(settings, len(tokenizer), int(tokenizer.pad_token_id), config.data.max_length, pretrained=False)
     encoder.load_state_dict(weights)
+    if settings.lora_rank:
+        merge_adapters(encoder.model)
     encoder.model.save_pretrained(folder, max_shard_size="1TB")  # type: ignore[operator]
     if encoder.project is not None:
         write_tensors(folder / PROJECTION, {"weight": encoder.project.weight.detach()}, {})
@@ -180,7 +182,7 @@ def _portable(config: Config) -> Config:
         run=dataclasses.replace(config.run, folder="."),
         checkpoint=dataclasses.replace(config.checkpoint, store=""),
         data=dataclasses.replace(config.data, source="", prepared=""),
-        encoder=dataclasses.replace(config.encoder, name=ENCODER_FOLDER, tokenizer="", layers=0),
+        encoder=dataclasses.replace(config.encoder, name=ENCODER_FOLDER, tokenizer="", layers=0, lora_rank=0),
         output=dataclasses.replace(config.output, momentum=0.0),
     )
 

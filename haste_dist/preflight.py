@@ -28,10 +28,10 @@ def check_run(config: Config) -> Prepared:
     check_held_out(config, prepared.folder / GROUPS_FILE)
     if config.data.label_texts:
         check_label_texts(prepared.folder, prepared.manifest)
-    if config.output.start == "centroids":
-        check_centroids(prepared, width)
     folder = Path(config.run.folder) / CHECKPOINTS
     found = checkpoint.newest(folder)
+    if config.output.start == "centroids" and found is None:  # what goes on has started already, by new labels' neighbours too
+        check_centroids(prepared, width)
     if config.run.resume == "must" and found is None:
         raise CheckpointError(f"{folder}: no checkpoint to resume from (run.resume=must)")
     if config.run.resume == "never" and found is not None:

@@ -28,6 +28,7 @@ from haste_dist.predictor import Predictor
 from haste_dist.preflight import check_run
 from haste_dist.sealed import seal_data
 from haste_dist.sharding import all_rows
+from haste_dist.train import train
 from haste_dist.trials import with_label_order
 from haste_dist.verify import verify
 from haste_dist.world import join_world
@@ -235,6 +236,14 @@ def test_new_labels_join_in_the_basis_that_was(tmp_path: Path) -> None:
     old = scores(config.run.folder, TEXTS, LABELS)
     np.testing.assert_array_equal(scores(grown.run.folder, TEXTS, LABELS), old)
     assert final_tensors(grown.run.folder)["tail.weight"].isfinite().all()
+
+    grown.output.start = "centroids"  # as the pages have it that are shipped: labels that were added have started
+    grown.train.max_steps = 3
+    train(grown, join_world("cpu"))
+    assert len(read_losses(grown.run.folder)) == 3
+    grown.run.folder += "-anew"
+    with pytest.raises(DataError, match=r"label_vectors.npy: missing"):
+        check_run(grown)
 
 
 def test_what_cannot_be_is_told(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_checkpoint import classifier
 from tiny import haste, make_prepared
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from haste_dist.checkpoint import rows_file
 from haste_dist.config import Config
@@ -70,6 +70,24 @@ def test_an_exported_run_predicts_as_the_run_does(trained: Config, tmp_path: Pat
     card = (out / "README.md").read_text()
     assert "101 labels" in card
     assert "| P@1 | " in card
+
+
+def test_adapters_are_merged_into_what_they_adapt(tmp_path: Path) -> None:
+    """predict.py builds the model without adapters: names that it does not know would leave its weights random."""
+    pytest.importorskip("peft")
+    config = make_prepared(tmp_path, overrides=["train.max_steps=24", "encoder.lora_rank=4", "encoder.lr=1e-2"])
+    train(config, join_world("cpu"))
+    out = export(config.run.folder, tmp_path / "out")
+    bare = AutoModel.from_config(AutoConfig.from_pretrained(out / "encoder"))
+    bare.pooler = None
+    assert load_file(out / "encoder/model.safetensors").keys() == bare.state_dict().keys()
+    ours, scores = Predictor(config.run.folder, device="cpu").topk(TEXTS, 5)
+    theirs, their_scores = Predictor(out, device="cpu").topk(TEXTS, 5)
+    assert np.array_equal(ours, theirs)
+    np.testing.assert_allclose(scores, their_scores, rtol=1e-5, atol=1e-5)
+    plain = subprocess.run([sys.executable, str(out / "predict.py"), *TEXTS], capture_output=True, text=True, check=True)
+    lines = [line.split() for line in plain.stdout.splitlines() if line.startswith("  ")]
+    assert [int(line[1]) for line in lines] == ours.ravel().tolist()
 
 
 def test_a_dense_layer_and_onnx_give_the_run_s_logits(trained: Config, tmp_path: Path) -> None:
