@@ -383,12 +383,15 @@ def order_settings(config: Config, manifest: Manifest) -> dict[str, Any]:
         "seed": config.run.seed,
         "dev": dev_split(config),
         **groups,
-        "encoder": _encoder_identity(config) if config.groups.features == "encoder" else None,
+        "encoder": embedder_of(config),
         **({"basis_features": list(config.output.tail_features)} if config.output.basis == "labels" else {}),
     }
 
 
-def _encoder_identity(config: Config) -> dict[str, Any]:
+def embedder_of(config: Config) -> dict[str, Any] | None:
+    """Of which encoder label embeddings are; None where they are of no encoder."""
+    if config.groups.features != "encoder":
+        return None
     if config.groups.encoder:
         from haste_dist.text_embedders import encoder_source  # transformers: slow to import
 

@@ -43,7 +43,7 @@ from haste_dist.config import Config, load_config
 from haste_dist.dev_data import hold_out, link
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.held_out import leaves_out_dev
-from haste_dist.label_groups import GROUPS_FILE, has_label_vectors, head_size, label_order_is_current, load_label_order
+from haste_dist.label_groups import GROUPS_FILE, embedder_of, has_label_vectors, head_size, label_order_is_current, load_label_order
 from haste_dist.manifest import first_line, read_manifest, replacing
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
 from haste_dist.mirror import ORDER_FILES
@@ -187,7 +187,7 @@ def with_label_order(config: Config, out: Path, seed: int, known: "dict[str, Lab
     elif _will_do(config, source):
         return _prepared(config, source)
     manifest = read_manifest(source)
-    asked = [manifest.fingerprint, _head(config, manifest.labels), seed, dataclasses.asdict(config.groups)]
+    asked = [manifest.fingerprint, _head(config, manifest.labels), seed, dataclasses.asdict(config.groups), embedder_of(config)]
     if config.output.basis == "labels" and config.output.tail_features:  # whose basis another slice cannot use
         asked.append(config.output.tail_features)
     key = json.dumps(asked, sort_keys=True)
@@ -211,7 +211,7 @@ def _will_do(config: Config, folder: Path) -> bool:
     order, manifest = load_label_order(folder), read_manifest(folder)
     page = json.loads((folder / GROUPS_FILE).read_text(encoding="utf-8"))
     same = all(page.get(name) == value for name, value in dataclasses.asdict(config.groups).items() if name in page and name != "encoder")
-    same &= has_label_vectors(config, folder)
+    same &= page.get("encoder") == embedder_of(config) and has_label_vectors(config, folder)
     same &= config.output.basis != "labels" or page.get("basis_features", []) == config.output.tail_features
     same &= leaves_out_dev(page, config)
     return same and _head(config, manifest.labels) == (order.group_size, order.head_rows)

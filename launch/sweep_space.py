@@ -6,7 +6,13 @@ from typing import Any
 
 from haste_dist.errors import ConfigError
 
-PREPARED_BY = ("data.", "groups.", "encoder.name", "encoder.tokenizer", "output.group_size", "output.head_fraction")
+PREPARED_BY = (
+    "data.",
+    "groups.",
+    "output.group_size",
+    "output.head_fraction",
+    *(f"encoder.{x}" for x in ("name", "tokenizer", "layers", "pooling")),
+)
 
 
 @dataclass(frozen=True)

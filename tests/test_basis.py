@@ -1,6 +1,7 @@
 """output.basis=labels: the tail reads the embedding turned to the principal directions of the label embeddings."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from haste_dist.label_embeddings import LabelEmbeddings
 from haste_dist.label_groups import label_order_is_current, load_label_order, make_label_order
 from haste_dist.model import make_classifier, open_prepared
 from haste_dist.predictor import Predictor
-from haste_dist.preflight import check_run
+from haste_dist.preflight import _check_embedder, check_run
 from haste_dist.sealed import seal_data
 from haste_dist.sharding import all_rows
 from haste_dist.train import train
@@ -160,6 +161,46 @@ def test_cases_of_a_study_have_the_basis_of_what_they_read(tmp_path: Path, monke
         check_run(case)
     assert cases[0].data.prepared == config.data.prepared
     assert len({case.data.prepared for case in cases}) == 3
+
+
+@pytest.mark.parametrize("dev_fraction", [0.0, 0.1])
+def test_cases_of_a_study_have_embeddings_of_their_own_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dev_fraction: float
+) -> None:
+    config, vectors = with_vectors(tmp_path / "data")
+    config.output.basis = "labels"
+    make_order(config, vectors)
+
+    def embedded(asked: Config, *_: object) -> LabelEmbeddings:
+        return LabelEmbeddings(vectors if asked.encoder.pooling == "mean" else -vectors, 0, 0, 0)
+
+    monkeypatch.setattr(label_embeddings, "embed_labels", embedded)
+    config.data.dev_fraction = dev_fraction
+    cases = {}
+    for pooling in ("mean", "cls", "mean"):
+        encoder = dataclasses.replace(config.encoder, pooling=pooling)
+        cases[pooling] = with_label_order(dataclasses.replace(config, encoder=encoder), tmp_path, 0, {})
+    for pooling, sign in (("mean", 1), ("cls", -1)):
+        prepared = Path(cases[pooling].data.prepared)
+        assert np.array_equal(np.load(prepared / "label_vectors.npy"), sign * vectors)
+        assert json.loads((prepared / "groups.json").read_text())["encoder"]["pooling"] == pooling
+
+
+def test_a_run_starts_from_embeddings_of_its_own_encoder(tmp_path: Path) -> None:
+    config = with_basis(tmp_path)
+    check_run(config)
+    page = Path(config.data.prepared) / "groups.json"
+    text = page.read_text()
+    page.write_text(text.replace('"name": "scratch"', '"name": "/elsewhere/scratch"'))
+    check_run(config)  # the same, from another folder
+    page.write_text(text)
+    for words in ({"pooling": "cls"}, {"layers": 3}, {"name": "other"}):
+        other = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, **words))
+        ((name, value),) = words.items()
+        with pytest.raises(
+            ConfigError, match=f"groups.json: label embeddings are of .*, not of .*encoder.{name}={value}.*run haste prepare"
+        ):
+            _check_embedder(other, page)
 
 
 def test_groups_read_what_holds_most_of_their_labels(tmp_path: Path) -> None:
