@@ -182,7 +182,7 @@ def test_cases_of_a_study_have_embeddings_of_their_own_encoder(
         cases[pooling] = with_label_order(dataclasses.replace(config, encoder=encoder), tmp_path, 0, {})
     for pooling, sign in (("mean", 1), ("cls", -1)):
         prepared = Path(cases[pooling].data.prepared)
-        assert np.array_equal(np.load(prepared / "label_vectors.npy"), sign * vectors)
+        assert np.array_equal(np.load(prepared / "label_vectors.npy", allow_pickle=False), sign * vectors)
         assert json.loads((prepared / "groups.json").read_text())["encoder"]["pooling"] == pooling
 
 
