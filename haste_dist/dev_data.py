@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from haste_dist import augmentation
+from haste_dist.columns import take_rows
 from haste_dist.held_out import dev_rows
 from haste_dist.manifest import (
     FILTER_SCHEMA,
@@ -88,10 +89,11 @@ def link(path: Path, there: Path) -> None:
 def _write_split(folder: Path, name: str, table: pa.Table, rows: np.ndarray) -> Split:
     split = Split()
     for number, start in enumerate(range(0, len(rows), ROWS)):
-        part = table.take(rows[start : start + ROWS]).combine_chunks()
+        columns = [take_rows(column, rows[start : start + ROWS]) for column in table.columns]
+        part = pa.record_batch(columns, schema=SHARD_SCHEMA)
         path = folder / name / f"{number:05d}.arrow"
-        write_arrow(path, pa.record_batch([column.combine_chunks() for column in part.columns], schema=SHARD_SCHEMA))
-        labels, tokens = (np.diff(part[column].combine_chunks().offsets.to_numpy()) for column in ("labels", "input_ids"))
+        write_arrow(path, part)
+        labels, tokens = (np.diff(part[column].offsets.to_numpy()) for column in ("labels", "input_ids"))
         split.rows += part.num_rows
         split.positives += int(labels.sum())
         split.max_labels = max(split.max_labels, int(labels.max()))
@@ -102,13 +104,14 @@ def _write_split(folder: Path, name: str, table: pa.Table, rows: np.ndarray) -> 
 
 
 def _labels(table: pa.Table, rows: np.ndarray) -> np.ndarray:
-    return table["labels"].take(rows).combine_chunks().flatten().to_numpy()
+    parts = (take_rows(table["labels"], rows[start : start + ROWS]) for start in range(0, len(rows), ROWS))
+    return np.concatenate([np.zeros(0, np.int32), *(part.flatten().to_numpy() for part in parts)])
 
 
 def _write_labels(source: Path, folder: Path, counts: np.ndarray) -> None:
     table = read_arrow(source / LABEL_TEXTS, LABEL_SCHEMA)
-    columns = [table["uid"].combine_chunks(), table["text"].combine_chunks(), pa.array(counts, pa.int64())]
-    write_arrow(folder / LABEL_TEXTS, pa.record_batch(columns, schema=LABEL_SCHEMA))
+    columns = [table["uid"], table["text"], pa.array(counts, pa.int64())]
+    write_arrow(folder / LABEL_TEXTS, pa.table(columns, schema=LABEL_SCHEMA))
 
 
 def _link_shards(source: Path, folder: Path, split: Split) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from haste_dist import checkpoint
 from haste_dist.bisection import matmul, take
 from haste_dist.checkpoint import PIECE
+from haste_dist.columns import text_parts
 from haste_dist.config import Config, load_config
 from haste_dist.errors import CheckpointError, ConfigError, DataError
 from haste_dist.label_groups import (
@@ -152,14 +154,15 @@ def _check_labels(run: Path, old: LabelOrder, folder: Path, table: pa.Table) -> 
         raise ConfigError(f"{folder}: has {len(table):,} labels, the run {run} has {old.labels:,} already; put the new ones behind the old")
     if old.groups == 0:
         raise ConfigError(f"{run}: has no tail (output.head_fraction=1) that new labels could join; train a run on the grown data instead")
-    texts = read_arrow(run / LABELS_FILE, ORDER_SCHEMA)["text"].combine_chunks().take(pa.array(old.row_of_label))
-    same = np.asarray(texts.to_numpy(zero_copy_only=False) == table["text"].slice(0, old.labels).to_numpy())
-    if not same.all():
-        first = int(np.flatnonzero(~same)[0])
-        raise DataError(
-            f"{folder}: its label {first} is '{table['text'][first].as_py()[:60]}', that of {run} is '{texts[first].as_py()[:60]}'; "
-            "old labels must come first, as they were"
-        )
+    for at, texts in text_parts(read_arrow(run / LABELS_FILE, ORDER_SCHEMA)["text"], old.row_of_label):
+        same = pc.equal(texts, table["text"][at]).to_numpy()
+        if not same.all():
+            first = int(np.flatnonzero(~same)[0])
+            label, theirs = at.start + first, texts[first].as_py()[:60]
+            raise DataError(
+                f"{folder}: its label {label} is '{table['text'][label].as_py()[:60]}', that of {run} is '{theirs}'; "
+                "old labels must come first, as they were"
+            )
 
 
 def check_words(config: Config, run: Path) -> None:

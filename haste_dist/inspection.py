@@ -185,7 +185,7 @@ def _spread(counts: NDArray[np.int64]) -> str:
 
 
 def _text_facts(texts: pa.ChunkedArray, manifest: Manifest) -> str:
-    filled = texts.filter(pc.not_equal(texts, ""))
+    filled = texts.filter(pc.not_equal(texts, "")).cast(pa.large_string())  # all different ones in one array
     same = len(filled) - len(filled.unique())
     facts = [f"{manifest.labels - len(filled):,} have no text", f"{same:,} have one that another label has, too"]
     if manifest.unseen_test_labels:

@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import scipy.sparse as sp
 import torch
 from rich.console import Console
@@ -80,7 +81,7 @@ def embed_labels(config: Config, folder: Path, manifest: Manifest, device: torch
     """
     own = np.zeros(manifest.labels, bool)
     if config.groups.label_text:
-        own = read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)["text"].to_numpy() != ""
+        own = pc.not_equal(read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)["text"], "").to_numpy()
     rows = manifest.splits["train"].rows
     counts = np.ones(rows, bool)
     counts[dev_rows(rows, config.data.dev_fraction, config.run.seed)] = False

@@ -35,6 +35,7 @@ import torch
 
 from haste_dist.basis import BASIS_FILE, principal_basis, read_basis, write_basis
 from haste_dist.bisection import group_cohesion
+from haste_dist.columns import text_parts
 from haste_dist.config import Config
 from haste_dist.errors import DataError
 from haste_dist.held_out import dev_split
@@ -254,9 +255,10 @@ def write_order(
     """
     row = np.arange(order.rows)
     group = np.where(row < order.head_rows, -1, (row - order.head_rows) // order.group_size)
-    text = texts.combine_chunks().take(pa.array(order.label_of_row, mask=order.label_of_row < 0)).fill_null("")
-    columns = [pa.array(order.label_of_row), text, pa.array(order.frequency_of_row), pa.array(row), pa.array(group)]
-    write_arrow(folder / LABELS_FILE, pa.RecordBatch.from_arrays(columns, schema=ORDER_SCHEMA))
+    with replacing(folder / LABELS_FILE) as file, pa.ipc.new_file(file, ORDER_SCHEMA) as writer:
+        for at, text in text_parts(texts, order.label_of_row):
+            label, *others = (pa.array(column[at]) for column in (order.label_of_row, order.frequency_of_row, row, group))
+            writer.write_batch(pa.RecordBatch.from_arrays([label, text, *others], schema=ORDER_SCHEMA))
     (folder / BASIS_FILE).unlink(missing_ok=True)
     if order.basis is not None:
         write_basis(folder, order.basis)
@@ -363,7 +365,8 @@ def earlier_groups(start: str | Path, uids: pa.ChunkedArray) -> np.ndarray:
     """
     order = load_label_order(start)
     then = read_arrow(Path(start) / LABEL_TEXTS, LABEL_SCHEMA)["uid"]
-    now = pc.index_in(then.combine_chunks(), value_set=uids.combine_chunks()).fill_null(-1).to_numpy().astype(np.int64)
+    wide = pa.large_string()  # all uids in one table may be more than a string array holds
+    now = pc.index_in(then.cast(wide), value_set=uids.cast(wide)).fill_null(-1).to_numpy().astype(np.int64)
     tail = order.label_of_row[order.head_rows :]
     return np.where(tail >= 0, now[tail], -1).reshape(-1, order.group_size)
 

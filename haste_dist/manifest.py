@@ -145,10 +145,11 @@ def read_arrow(path: Path, schema: pa.Schema) -> pa.Table:
     return table
 
 
-def write_arrow(path: Path, batch: pa.RecordBatch) -> None:
-    """One record batch as an uncompressed Arrow IPC file, published in one step; nothing half-written stays. Raises DataError."""
-    with replacing(path) as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
+def write_arrow(path: Path, rows: pa.RecordBatch | pa.Table) -> None:
+    """A record batch, or a table's chunks as one each, as an uncompressed Arrow IPC file, published in one step; nothing half-written
+    stays. Raises DataError."""
+    with replacing(path) as file, pa.ipc.new_file(file, rows.schema) as writer:
+        writer.write(rows)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +12,13 @@ from haste_dist.augmentation import TWINS
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.manifest import LABEL_TEXTS, MANIFEST, Shard, read_manifest, replacing
 from haste_dist.sealed import CHECKSUMS
+from haste_dist.sources import SPLITS
 from haste_dist.storage import Location, whole_address
-from haste_dist.tables import QUARANTINE
+from haste_dist.tables import QUARANTINE, filter_file
 
-ORDER_FILES = ("labels.arrow", "groups.json", "cohesion.arrow", "label_vectors.npy", "label_basis.safetensors")  # what the label order is
+TABLES = (LABEL_TEXTS, QUARANTINE, TWINS, *(filter_file(split) for split in SPLITS))  # those of them that a data set has
+ORDER_FILES = ("labels.arrow", "cohesion.arrow", "label_vectors.npy", "label_basis.safetensors", "groups.json")
+"""What the label order is; groups.json tells that it is whole, so it comes last."""
 TRANSFERS = 8  # at once
 
 
@@ -43,8 +46,11 @@ def copy_folder(place: Location) -> Path:
     return root / "prepared" / f"{place.name}-{hashlib.sha256(place.address.encode()).hexdigest()[:12]}"
 
 
-def fetch(place: Location, copy: Path) -> None:
-    """Downloads what the copy lacks, the manifest last."""
+def fetch(place: Location, copy: Path, keep: Collection[str] = ()) -> None:
+    """Downloads what the copy lacks, the manifest last, and removes the small files that the store has not, but for ``keep``.
+
+    What a data set has is told by which files exist. So the manifest of other data goes first: nobody reads a part of each.
+    """
     manifest_file = place / MANIFEST
     if not manifest_file.is_file():
         raise DataError(f"{manifest_file}: no such file; run haste prepare (data.prepared={place})")
@@ -55,9 +61,14 @@ def fetch(place: Location, copy: Path) -> None:
         file.write(data)
     manifest = read_manifest(copy, new.name)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    small = [LABEL_TEXTS, QUARANTINE, TWINS, *ORDER_FILES, CHECKSUMS, *(f"filter_{split}.arrow" for split in manifest.filters)]
+    small = (*TABLES, *ORDER_FILES, CHECKSUMS)
     with ThreadPoolExecutor(TRANSFERS) as pool:
-        list(pool.map(lambda name: _download(place, copy, name), (name for name in small if (place / name).is_file())))
+        there = [name for name, found in zip(small, pool.map(lambda name: (place / name).is_file(), small), strict=True) if found]
+        if not same:
+            (copy / MANIFEST).unlink(missing_ok=True)
+        for name in {*small} - {*there, *keep}:
+            (copy / name).unlink(missing_ok=True)
+        list(pool.map(lambda name: _download(place, copy, name), there))
         list(pool.map(lambda shard: _download_shard(place, copy, shard, same), shards))
     new.replace(copy / MANIFEST)
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text as Styled
 
 from haste_dist.calibration import Calibration
+from haste_dist.columns import take_rows
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.label_groups import LABELS_FILE, ORDER_SCHEMA, LabelOrder
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, first_line, read_arrow, replacing
@@ -88,8 +89,8 @@ class LabelNames:
 
     def of(self, labels: NDArray[np.int64]) -> list[str]:
         """Names of label ids (n,)."""
-        at = pa.array(labels if self._place is None else self._place[labels])
-        text, uid = self._text.take(at).to_pylist(), self._uid.take(at).to_pylist()
+        at = labels if self._place is None else self._place[labels]
+        text, uid = (take_rows(column, at).to_pylist() for column in (self._text, self._uid))
         return [a or b or f"label {i}" for a, b, i in zip(text, uid, labels.tolist(), strict=True)]
 
     def rows(self, labels: NDArray[np.int64]) -> list[list[str]]:

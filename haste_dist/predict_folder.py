@@ -23,6 +23,7 @@ import torch
 
 from haste_dist import predict
 from haste_dist.calibration import Calibration
+from haste_dist.columns import take_rows
 from haste_dist.config import encoder_settings_of
 from haste_dist.errors import ConfigError, DataError, HasteError
 from haste_dist.evaluate import Filters
@@ -245,14 +246,13 @@ def _write_part(path: Path, first: int, part: pa.Table, job: Job) -> None:
         rows = np.array([[row_of[label] if label >= 0 else -1 for label in line] for line in kept[:, : job.k].tolist()], np.int64)
         rows, logits = rows.reshape(len(texts), -1), logits[:, : job.k]
     real = rows >= 0
-    taken = names.select(["label", "text"]).take(pa.array(rows[real])).combine_chunks()
+    label, text = (take_rows(names[name], rows[real]) for name in ("label", "text"))
     ends = pa.array(np.concatenate([[0], np.cumsum(real.sum(1))]), pa.int32())
-    label = taken["label"].combine_chunks()
     columns = {
         "uid": uids,
         "text": texts.cast(pa.string()),
         "labels": pa.ListArray.from_arrays(ends, label),
-        "label_texts": pa.ListArray.from_arrays(ends, _named(taken["text"].combine_chunks(), label)),
+        "label_texts": pa.ListArray.from_arrays(ends, _named(text, label)),
         "scores": pa.ListArray.from_arrays(ends, pa.array(job.calibration(logits[real]), pa.float32())),
     }
     if not job.settings.label_texts:

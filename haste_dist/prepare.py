@@ -38,7 +38,7 @@ from haste_dist.manifest import (
     read_manifest,
     write_manifest,
 )
-from haste_dist.mirror import ORDER_FILES, copy_folder, fetch, publish
+from haste_dist.mirror import ORDER_FILES, TABLES, copy_folder, fetch, publish
 from haste_dist.pipeline import Plan, run
 from haste_dist.rows import Problem
 from haste_dist.sealed import CHECKSUMS, seal_data
@@ -48,7 +48,6 @@ from haste_dist.storage import Location, whole_address
 from haste_dist.tokens import tokenizer_rules
 
 OURS = re.compile(r"\d{5,}\.(arrow|json)|\..*\.part")  # names that prepare gives to files of a split
-TABLES = (LABEL_TEXTS, tables.QUARANTINE, augmentation.TWINS, *(tables.filter_file(split) for split in SPLITS))
 REPORT_SECONDS = 5.0  # between progress lines where there is no terminal
 
 
@@ -76,8 +75,8 @@ def prepare(config: Config, order: Callable[[Config, Path, Manifest], None] | No
     settings = [SCHEMA_VERSION, origin, record.fingerprint, side, data.max_length, data.rows_per_shard, data.limit]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     started, written, stop = time.perf_counter(), 0, data.on_error == "stop"
-    if not folder.is_local and (folder / MANIFEST).is_file():
-        fetch(folder, work)
+    if (folder / MANIFEST).is_file():
+        _update(folder, work)
     rules = tokenizer_rules(tokenizer.backend_tokenizer, data.max_length, side)
     manifest = _complete(folder, work, fingerprint, stop)
     if manifest is None:
@@ -96,8 +95,7 @@ def prepare(config: Config, order: Callable[[Config, Path, Manifest], None] | No
     written += _label_texts(config, folder, work, manifest, rules)
     _remove_leftovers(folder, manifest)
     _print_summary(manifest, folder, written, time.perf_counter() - started)
-    if not folder.is_local:
-        fetch(folder, work)
+    _update(folder, work)
     (order or _order_labels)(config, work, manifest)
     seal_data(work)
     publish(work, folder, (*ORDER_FILES, CHECKSUMS))
@@ -132,6 +130,12 @@ def _complete(folder: Location, work: Path, fingerprint: str, stop: bool) -> Man
     others = [LABEL_TEXTS, *(tables.filter_file(split) for split in manifest.filters)]
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     return manifest if all((work / name).is_file() for name in others) and all(is_intact(folder, shard) for shard in shards) else None
+
+
+def _update(folder: Location, work: Path) -> None:
+    """Brings this machine's copy up to date. Where the store has no order, one that a killed run has made here stays."""
+    if not folder.is_local:
+        fetch(folder, work, keep=() if (folder / ORDER_FILES[-1]).is_file() else ORDER_FILES)
 
 
 def _clear(folder: Location, work: Path) -> None:
@@ -295,8 +299,7 @@ def _label_texts(config: Config, folder: Location, work: Path, manifest: Manifes
     write_manifest(work, manifest)
     (work / augmentation.SOURCE).unlink()
     publish(work, folder, (MANIFEST, augmentation.SOURCE))
-    if not folder.is_local:
-        fetch(folder, work)
+    _update(folder, work)
     twins = augmentation.write_twins(work, manifest)
     publish(work, folder, (augmentation.TWINS,))
     told = f"label texts: {texts - manifest.splits[name].rows:,} without a token; {twins:,} equal a test text and are never trained on"

@@ -11,21 +11,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from in_turn import LABELS, contents, run_in_turn, settings
 from pyarrow import fs
 from raw_sources import json_lines, make_texts, make_wordpiece, write_lines, write_source
 from tiny import free_port, haste, make_prepared, read_losses, run_ranks
 
+import haste_dist.label_groups
+import haste_dist.mirror
 import haste_dist.prepare
 from haste_dist.checkpoint import complete
 from haste_dist.config import Config
 from haste_dist.errors import CheckpointError, DataError
-from haste_dist.manifest import open_split
+from haste_dist.evaluate import load_filters
+from haste_dist.label_groups import load_label_order, make_label_order
+from haste_dist.manifest import FILTER_SCHEMA, open_split, read_manifest, write_arrow, write_manifest
 from haste_dist.mirror import copy_folder, local_copy
 from haste_dist.model import open_prepared
 from haste_dist.prepare import prepare
 from haste_dist.runlog import read_events
+from haste_dist.sealed import seal_data
 from haste_dist.storage import Location
 from haste_dist.train import train
 from haste_dist.verify import verify
@@ -122,6 +128,63 @@ def test_prepared_in_a_store_and_trained_from_a_copy(
         local_copy("s3://lake/nothing")
     with pytest.raises(DataError, match=r"s3://lake/nowhere: no such folder; set data.source"):
         prepare(settings("s3://lake/nowhere", tmp_path / "x", wordpiece))
+
+
+def test_a_copy_loses_what_the_store_lost(tmp_path: Path, store: fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine prepares at the same address, without filters, centroids and basis; a fetch that breaks off leaves no mixture."""
+    config = make_prepared(tmp_path)
+    folder, address = Path(config.data.prepared), "lake/prepared/three"
+    manifest = read_manifest(folder)
+    for split in ("test", "train"):
+        write_arrow(folder / f"filter_{split}.arrow", pa.table([[0], [3]], schema=FILTER_SCHEMA))
+    (folder / "quarantine.jsonl").write_text("{}\n")
+    manifest.filters = ["test", "train"]
+    write_manifest(folder, manifest)
+    config.output.start, config.output.basis = "centroids", "labels"
+    make_label_order(config, folder, manifest)
+    seal_data(folder)
+    copy = local_copy(upload(store, folder, address))
+    assert load_filters(copy, "test") is not None
+    assert load_label_order(copy).basis is not None
+
+    for name in ("filter_test.arrow", "filter_train.arrow", "quarantine.jsonl"):
+        (folder / name).unlink()
+    manifest.filters = []
+    write_manifest(folder, manifest)
+    config.output.start, config.output.basis = "random", "embedding"
+    make_label_order(config, folder, manifest)
+    seal_data(folder)
+    store.delete_dir(address)
+    upload(store, folder, address)
+    with monkeypatch.context() as patch:
+        patch.setattr(haste_dist.mirror, "_download_shard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            local_copy(f"s3://{address}")
+    with pytest.raises(DataError, match=r"manifest.json: no such file"):
+        read_manifest(copy)
+    local_copy(f"s3://{address}")
+    assert {name: data for name, data in contents(copy).items() if not name.startswith(".")} == contents(folder)
+    assert load_filters(copy, "test") is None
+    assert load_label_order(copy).basis is None
+
+
+def test_an_order_that_was_not_published_is_not_made_again(
+    tmp_path: Path, store: fs.S3FileSystem, wordpiece: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(haste_dist.prepare, "run", run_in_turn)
+    config = settings(write_source(tmp_path / "source", "jsonl", TRAIN, TEST, LABELS), "s3://lake/prepared/four", wordpiece)
+    with monkeypatch.context() as patch:
+        patch.setattr(haste_dist.prepare, "seal_data", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    monkeypatch.setattr(haste_dist.label_groups, "make_label_order", lambda *_: pytest.fail("made again"))
+    prepare(config)
+    assert "groups.json" in keys(store, "lake/prepared/four")
+    verify(open_prepared(config).folder)
+
+
+def killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.slow
