@@ -37,6 +37,7 @@ from haste_dist.basis import BASIS_FILE, principal_basis, read_basis, write_basi
 from haste_dist.bisection import group_cohesion
 from haste_dist.columns import text_parts
 from haste_dist.config import Config
+from haste_dist.embedder import embedder_of
 from haste_dist.errors import DataError
 from haste_dist.held_out import dev_split
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, read_arrow, replacing, write_arrow
@@ -389,14 +390,3 @@ def order_settings(config: Config, manifest: Manifest) -> dict[str, Any]:
         "encoder": embedder_of(config),
         **({"basis_features": list(config.output.tail_features)} if config.output.basis == "labels" else {}),
     }
-
-
-def embedder_of(config: Config) -> dict[str, Any] | None:
-    """Of which encoder label embeddings are; None where they are of no encoder."""
-    if config.groups.features != "encoder":
-        return None
-    if config.groups.encoder:
-        from haste_dist.text_embedders import encoder_source  # transformers: slow to import
-
-        return encoder_source(config).identity()
-    return {name: getattr(config.encoder, name) for name in ("name", "layers", "pooling")}

@@ -1,6 +1,5 @@
 """What is checked, and fetched, before the ranks of a run start: a mistake costs one line and no time on a GPU."""
 
-import json
 from pathlib import Path
 
 from haste_dist import checkpoint
@@ -11,9 +10,10 @@ from haste_dist.checkpoint import CHECKPOINTS
 from haste_dist.checkpoint_store import CheckpointStore
 from haste_dist.classifier import check_basis, feature_slice
 from haste_dist.config import Config
-from haste_dist.errors import CheckpointError, ConfigError
+from haste_dist.embedder import check_embedder
+from haste_dist.errors import CheckpointError
 from haste_dist.held_out import check_held_out
-from haste_dist.label_groups import GROUPS_FILE, embedder_of
+from haste_dist.label_groups import GROUPS_FILE
 from haste_dist.model import Prepared, check_features, open_prepared
 from haste_dist.trackers import check_trackers
 
@@ -32,7 +32,7 @@ def check_run(config: Config) -> Prepared:
     folder = Path(config.run.folder) / CHECKPOINTS
     found = checkpoint.newest(folder)
     if found is None:  # what goes on has started already, by new labels' neighbours too
-        _check_embedder(config, prepared.folder / GROUPS_FILE)
+        check_embedder(config, prepared.folder / GROUPS_FILE)
         if config.output.start == "centroids":
             check_centroids(prepared, width)
     if config.run.resume == "must" and found is None:
@@ -42,16 +42,6 @@ def check_run(config: Config) -> Prepared:
     if found is not None:
         checkpoint.read_page(found)
     return prepared
-
-
-def _check_embedder(config: Config, groups_file: Path) -> None:
-    """What the tail starts from, and its basis, must be of the encoder that is trained. Folders may differ: it may lie elsewhere here."""
-    if config.output.start != "centroids" and config.output.basis != "labels":
-        return
-    made, asked = json.loads(groups_file.read_text(encoding="utf-8")).get("encoder"), embedder_of(config)
-    if made and asked and {**made, "name": Path(made["name"]).name} != {**asked, "name": Path(asked["name"]).name}:
-        was, now = (", ".join(f"encoder.{name}={value}" for name, value in one.items()) for one in (made, asked))
-        raise ConfigError(f"{groups_file}: label embeddings are of {was}, not of {now}; run haste prepare with these settings")
 
 
 def restore(config: Config) -> None:

@@ -41,9 +41,10 @@ from numpy.typing import NDArray
 
 from haste_dist.config import Config, load_config
 from haste_dist.dev_data import hold_out, link
+from haste_dist.embedder import embedder_of
 from haste_dist.errors import ConfigError, DataError
 from haste_dist.held_out import leaves_out_dev
-from haste_dist.label_groups import GROUPS_FILE, embedder_of, has_label_vectors, head_size, label_order_is_current, load_label_order
+from haste_dist.label_groups import GROUPS_FILE, has_label_vectors, head_size, label_order_is_current, load_label_order
 from haste_dist.manifest import first_line, read_manifest, replacing
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
 from haste_dist.mirror import ORDER_FILES

@@ -19,6 +19,7 @@ from haste_dist import basis, label_embeddings
 from haste_dist.basis import BASIS_FILE, principal_basis, principal_directions, read_basis, write_basis
 from haste_dist.centroids import start_from_centroids
 from haste_dist.config import Config, load_config
+from haste_dist.embedder import check_embedder
 from haste_dist.errors import ConfigError, DataError, HasteError
 from haste_dist.export import export
 from haste_dist.extension import add_labels
@@ -26,7 +27,7 @@ from haste_dist.label_embeddings import LabelEmbeddings
 from haste_dist.label_groups import label_order_is_current, load_label_order, make_label_order
 from haste_dist.model import make_classifier, open_prepared
 from haste_dist.predictor import Predictor
-from haste_dist.preflight import _check_embedder, check_run
+from haste_dist.preflight import check_run
 from haste_dist.sealed import seal_data
 from haste_dist.sharding import all_rows
 from haste_dist.train import train
@@ -200,7 +201,7 @@ def test_a_run_starts_from_embeddings_of_its_own_encoder(tmp_path: Path) -> None
         with pytest.raises(
             ConfigError, match=f"groups.json: label embeddings are of .*, not of .*encoder.{name}={value}.*run haste prepare"
         ):
-            _check_embedder(other, page)
+            check_embedder(other, page)
 
 
 def test_groups_read_what_holds_most_of_their_labels(tmp_path: Path) -> None:
