@@ -24,6 +24,7 @@ from haste_dist.engine import EncoderEngine
 from haste_dist.errors import CheckpointError
 from haste_dist.evaluate import evaluate_texts
 from haste_dist.guards import Guard, LossSpikes, dead_groups
+from haste_dist.held_out import trained_split
 from haste_dist.loader import Batch, BatchMaker, open_texts
 from haste_dist.meters import StepTimer, encoder_work, peak_memory, stage, tail_traffic
 from haste_dist.model import make_classifier, make_encoder, prior_bias, save_run_files
@@ -158,7 +159,7 @@ class Training:
     def _evaluate(self) -> None:
         self.guard.settle()
         config, state = self.config, self.state
-        split = "dev" if config.data.dev_fraction else "test"
+        split = trained_split(config)
         result = evaluate_texts(config, self.prepared, self.engine, self.classifier, self.world, split, config.train.evaluate_rows)
         result["dead_groups"] = dead_groups(self.classifier, self.world)
         self.log.event("eval", step=state.step, epoch=state.step / self.plan.per_epoch, split=split, **result)
