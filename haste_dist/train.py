@@ -207,7 +207,10 @@ class Training:
         if config.rewire.grow == "embeddings":
             done, of = reembed(config, self.prepared, self.engine, self.classifier, self.world, share), {"renewed": share}
         else:
-            done, of = rewire(self.classifier, config.rewire, share, step, self.world), {"fraction": share}
+            of = {"fraction": share}
+            if config.rewire.grow == "gradient":
+                of["batches"] = min(config.rewire.batches, len(self.classifier.kept))  # 0: all were passed over, nothing is replaced
+            done = rewire(self.classifier, config.rewire, share, step, self.world)
         taken = time.perf_counter() - began  # ``replaced`` was asked of the device, so it is done
         self.log.event("rewire", step=step, replaced=done.replaced, connections=done.connections, seconds=taken, **of)
 
