@@ -12,6 +12,7 @@ import numpy as np
 
 from haste_dist.config import Config
 from haste_dist.errors import ConfigError
+from haste_dist.manifest import Manifest
 
 DEV_STREAM = 1  # keeps the random streams of one seed apart
 
@@ -20,7 +21,33 @@ def dev_rows(rows: int, dev_fraction: float, seed: int) -> np.ndarray:
     """(n,) int64, ascending: which of the ``rows`` training texts are held out. Pure."""
     if not dev_fraction:
         return np.zeros(0, np.int64)
-    return np.sort(np.random.default_rng([seed, DEV_STREAM]).permutation(rows)[: round(dev_fraction * rows)])
+    return np.sort(np.random.default_rng([seed, DEV_STREAM]).permutation(rows)[: dev_count(rows, dev_fraction)])
+
+
+def dev_count(rows: int, dev_fraction: float) -> int:
+    """How many of the ``rows`` training texts are held out; none where they are too few."""
+    return round(dev_fraction * rows)
+
+
+def trained_split(config: Config) -> str:
+    """The split that a run is evaluated on while it trains."""
+    return "dev" if config.data.dev_fraction else "test"
+
+
+def check_split(config: Config, folder: Path, manifest: Manifest, split: str) -> None:
+    """Raises ConfigError where ``split``, train, dev or test, has no text to be evaluated on. ``folder`` is the prepared one."""
+    stored, fraction = manifest.splits.get("test" if split == "test" else "train"), config.data.dev_fraction
+    rows = stored.rows if stored else 0
+    if dev_count(rows, fraction) if split == "dev" else rows:
+        return
+    if split != "dev":
+        raise ConfigError(f"{folder}: has no {split} texts to evaluate on; prepare it with some, or with a data.dev_fraction above 0")
+    if not fraction:
+        raise ConfigError("evaluate.split=dev: this run holds out no text (data.dev_fraction=0); set evaluate.split=test")
+    raise ConfigError(
+        f"data.dev_fraction={fraction}: holds out none of the {rows} training texts in {folder}, so there is nothing to evaluate on; "
+        f"set {1 / max(2, rows):.2g} or more, or 0 to evaluate on the test split"
+    )
 
 
 def dev_split(config: Config) -> dict[str, Any] | None:

@@ -186,12 +186,12 @@ class TrainingBatches:
 
 
 def scoring_batches(maker: BatchMaker, batch_size: int, limit: int = 0) -> Iterator[Batch]:
-    """Every text once (or an even spread of ``limit`` of them), sorted by length."""
+    """Every text once (or an even spread of ``limit`` of them), sorted by length; no batch where there is no text."""
     chosen = np.arange(len(maker.texts))
     if 0 < limit < len(chosen):
         chosen = np.linspace(0, len(chosen) - 1, limit).astype(np.int64)
     chosen = chosen[np.argsort(maker.texts.lengths()[chosen], kind="stable")]
-    return ahead(maker.make, iter(np.split(chosen, range(batch_size, len(chosen), batch_size))))
+    return ahead(maker.make, iter(np.split(chosen, range(batch_size, len(chosen), batch_size)) if len(chosen) else []))
 
 
 def ahead(make: Callable[[Any], Batch], sequence: Iterator[Any]) -> Iterator[Batch]:

@@ -4,9 +4,9 @@ Held always: the output layer's and the encoder's state. On top of it each phase
 phase. Each term says what in the code makes it; tests hold them against runs. Pure but for the encoder, which runs without memory
 (dry_run.py). On a GPU the Triton kernels are counted, on a CPU plain torch.
 
-Letters: L labels, W ranks, N texts of the global batch (or of a replica of the labels), B of one rank, S tokens, D width, M most labels
-of a text, H head rows, T tail groups, G rows a group, F fan-in (H and T of the rank that has most), P parameters of the encoder, NP = N
-padded to a tile.
+Letters: L labels, W ranks, N texts of the global batch (or of a replica of the labels), B of one rank, A of one pass of its encoder, S
+tokens, D width, M most labels of a text, H head rows, T tail groups, G rows a group, F fan-in (H and T of the rank that has most), P
+parameters of the encoder, NP = N padded to a tile.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from haste_dist.graphs import MOST_TOKENS, padded_length
 from haste_dist.label_groups import head_size
 from haste_dist.reembedding import NUMBERS
 from haste_dist.replicas import ELEMENTS
+from haste_dist.schedule import pace
 from haste_dist.sharding import label_parts, label_shard
 
 GIB = 1 << 30
@@ -78,14 +79,16 @@ class MemoryPlan:
 def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None) -> MemoryPlan:
     """The rank with the most labels. ``known``: of the same encoder with another batch. Raises ConfigError where it cannot be built."""
     cuda = facts.device == "cuda"
-    output, whole = config.output, config.train.batch_size
+    output, step = config.output, pace(config.train)
+    whole = step.texts
     b = -(-whole // facts.ranks)
+    a = -(-b // min(step.passes, b))
     parts = label_parts(config.launch.label_parallel, facts.ranks)
     n = min(whole, parts * b)
     precision = config.encoder.precision if config.encoder.precision != "auto" else ("bfloat16" if cuda else "float32")
     x_dtype: torch.dtype = getattr(torch, precision)
     s = config.data.max_length
-    needs = known.of_rows(b) if known else dry_run(config.encoder, facts.vocabulary, facts.pad_id, b, s, x_dtype)
+    needs = known.of_rows(a) if known else dry_run(config.encoder, facts.vocabulary, facts.pad_id, a, s, x_dtype)
     d, x_bytes = needs.width, x_dtype.itemsize
     head_width, tail_width = feature_slice(output.head_features, d).width, feature_slice(output.tail_features, d).width
     turned = output.basis == "labels"
@@ -122,8 +125,8 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
     replays = cuda and config.encoder.graphs and needs.replays  # ``needs`` may be of another page
     varied = facts.varied or config.data.label_texts > 0  # which are short
-    short = varied and config.data.length_buckets > 1 and b * padded_length(1, s) <= MOST_TOKENS
-    recorded = b if b * s <= MOST_TOKENS else MOST_TOKENS // s * short
+    short = varied and config.data.length_buckets > 1 and a * padded_length(1, s) <= MOST_TOKENS
+    recorded = a if a * s <= MOST_TOKENS else MOST_TOKENS // s * short
     if replays and recorded:  # activations of the largest batch that is, for good, and a gradient; the first of a shape runs beside them
         largest = needs.of_rows(recorded)  # rows of the most tokens, as many tokens in all
         held["recorded passes"] = max(largest.forward, largest.backward) + 2 * joined
@@ -137,7 +140,11 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     }
     if summed:
         phases["output layer"]["gradients summed over replicas"] = summed
-    if config.train.accumulation > 1:  # gradients of earlier micro-batches
+    if step.passes > 1:
+        phases["encoder forward"]["embeddings of earlier passes"] = (b - a) * d * x_bytes
+    if step.passes > 1 and joined:  # a pass that is run again, or its gradient beside what it is joined from; and that of earlier ones
+        phases["encoder backward"]["activations"] = max(needs.forward, needs.backward, 2 * joined)
+    if step.accumulation > 1:  # gradients of earlier micro-batches
         for name in ("encoder forward", "output layer"):
             phases[name]["gradients"] = gradients
     if config.rewire.interval and config.rewire.grow == "embeddings":
@@ -232,8 +239,7 @@ def _scoring(
     of a chunk (Triton), or a chunk's logits and keys (plain torch)."""
     n, k = config.evaluate.batch_size, 100
     rows = -(-n // facts.ranks)
-    trained_rows = -(-config.train.batch_size // facts.ranks)
-    activations = needs.scoring * rows // max(1, trained_rows)
+    activations = needs.scoring * rows // needs.rows
     if cuda:
         padded = -(-n // TILE) * TILE
         spans = min(-(-(head + tail) // TOPK_SPAN), TOPK_SPANS, max(1, TOPK_BYTES // (4 * TOPK_LIST * padded)))

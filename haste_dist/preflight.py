@@ -12,7 +12,7 @@ from haste_dist.classifier import check_basis, feature_slice
 from haste_dist.config import Config
 from haste_dist.embedder import check_embedder
 from haste_dist.errors import CheckpointError
-from haste_dist.held_out import check_held_out
+from haste_dist.held_out import check_held_out, check_split, trained_split
 from haste_dist.label_groups import GROUPS_FILE
 from haste_dist.model import Prepared, check_features, open_prepared
 from haste_dist.trackers import check_trackers
@@ -27,6 +27,7 @@ def check_run(config: Config) -> Prepared:
         check_basis(prepared.order.basis, feature_slice(config.output.tail_features, width).width)
         check_basis_features(config, prepared.folder / GROUPS_FILE)
     check_held_out(config, prepared.folder / GROUPS_FILE)
+    check_split(config, prepared.folder, prepared.manifest, trained_split(config))
     if config.data.label_texts:
         check_label_texts(prepared.folder, prepared.manifest)
     folder = Path(config.run.folder) / CHECKPOINTS

@@ -139,6 +139,7 @@ def _renew_tail(classifier: Classifier, part: Range, mean_D: Tensor, share: floa
     told_TG1 = told_R1.view(-1, size, 1)
     old_TF = tail.index[groups].long()
     index_TF, direction_TGF = largest_features(v_RM.reshape(*told_TG1.shape[:2], -1), old_TF.shape[1])
+    index_TF = torch.where(told_TG1.any(1), index_TF, old_TF)  # of no text there is no largest: all the group's weights are kept
 
     def moved(values_TGF: Tensor) -> Tensor:
         """Values of the old features at the new ones; what is at none of them is lost."""

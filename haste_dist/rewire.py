@@ -44,10 +44,13 @@ def share_due(config: RewireConfig, step: int, total: int) -> float:
 def rewire(classifier: Classifier, config: RewireConfig, fraction: float, step: int, world: World) -> Rewired:
     """Replaces the weakest connections of the tail. Every rank calls it at the same step; the outcome does not depend on W.
 
-    Not for grow=embeddings, which is reembedding.py's.
+    Nothing is replaced where gradients are wanted and every batch was passed over for its numbers. Not for grow=embeddings, which is
+    reembedding.py's.
     """
     tail = classifier.tail
     total = classifier.shard.all_groups * tail.weight.shape[2]
+    if config.grow == "gradient" and not classifier.kept:  # so on all ranks
+        return Rewired(0, total, fraction)
     prune = weakest(tail, config, fraction, total, world.shards)
     wanted = gradients(classifier, config.batches, world.copies) if config.grow == "gradient" and len(tail.weight) else None
     replaced = prune_and_regrow(tail, prune, classifier.tail_slice.width, classifier.seed, step, wanted)

@@ -6,6 +6,7 @@ from haste_dist import checkpoint
 from haste_dist.agreement import same_error
 from haste_dist.config import Config
 from haste_dist.evaluate import Keep, evaluate_baseline, evaluate_texts, write_evaluation
+from haste_dist.held_out import check_split
 from haste_dist.model import frozen_engine, make_classifier, make_encoder, open_prepared
 from haste_dist.verify import check_data, check_run_files
 from haste_dist.world import World
@@ -17,6 +18,8 @@ def evaluate_run(config: Config, world: World, name: str = "best", keep: Keep | 
     Every rank calls it. ``keep`` sees the predictions of its own rank's texts. Raises HasteError.
     """
     prepared = open_prepared(config)
+    split = config.evaluate.split
+    check_split(config, prepared.folder, prepared.manifest, split)
     with same_error(world):
         if world.is_first:
             check_run_files(Path(config.run.folder))
@@ -27,7 +30,6 @@ def evaluate_run(config: Config, world: World, name: str = "best", keep: Keep | 
     folder = checkpoint.resolve(Path(config.run.folder) / checkpoint.CHECKPOINTS, name)
     with same_error(world):
         state = checkpoint.load(folder, engine, classifier, prepared.order.fingerprint)
-    split = config.evaluate.split
     result = evaluate_texts(config, prepared, engine, classifier, world, split, keep=keep)
     if world.is_first:
         baseline = evaluate_baseline(config, prepared, split)

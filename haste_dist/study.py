@@ -40,7 +40,7 @@ class Point:
     def config(self, config: Config) -> Config:
         """The config with this point's numbers in it."""
         output = dataclasses.replace(config.output, fan_in=self.fan_in, group_size=self.group)
-        train = dataclasses.replace(config.train, batch_size=self.batch)
+        train = dataclasses.replace(config.train, batch_size=self.batch, accumulation=1)
         launch = dataclasses.replace(config.launch, ranks=self.ranks)
         return dataclasses.replace(config, output=output, train=train, launch=launch)
 

@@ -24,6 +24,7 @@ from haste_dist.engine import EncoderEngine
 from haste_dist.errors import CheckpointError
 from haste_dist.evaluate import evaluate_texts
 from haste_dist.guards import Guard, LossSpikes, dead_groups
+from haste_dist.held_out import trained_split
 from haste_dist.loader import Batch, BatchMaker, open_texts
 from haste_dist.meters import StepTimer, encoder_work, peak_memory, stage, tail_traffic
 from haste_dist.model import make_classifier, make_encoder, prior_bias, save_run_files
@@ -158,7 +159,7 @@ class Training:
     def _evaluate(self) -> None:
         self.guard.settle()
         config, state = self.config, self.state
-        split = "dev" if config.data.dev_fraction else "test"
+        split = trained_split(config)
         result = evaluate_texts(config, self.prepared, self.engine, self.classifier, self.world, split, config.train.evaluate_rows)
         result["dead_groups"] = dead_groups(self.classifier, self.world)
         self.log.event("eval", step=state.step, epoch=state.step / self.plan.per_epoch, split=split, **result)
@@ -206,7 +207,10 @@ class Training:
         if config.rewire.grow == "embeddings":
             done, of = reembed(config, self.prepared, self.engine, self.classifier, self.world, share), {"renewed": share}
         else:
-            done, of = rewire(self.classifier, config.rewire, share, step, self.world), {"fraction": share}
+            of = {"fraction": share}
+            if config.rewire.grow == "gradient":
+                of["batches"] = min(config.rewire.batches, len(self.classifier.kept))  # 0: all were passed over, nothing is replaced
+            done = rewire(self.classifier, config.rewire, share, step, self.world)
         taken = time.perf_counter() - began  # ``replaced`` was asked of the device, so it is done
         self.log.event("rewire", step=step, replaced=done.replaced, connections=done.connections, seconds=taken, **of)
 

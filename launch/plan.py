@@ -23,6 +23,8 @@ from haste_dist.fits import check_fits, facts_of
 from haste_dist.label_groups import head_size
 from haste_dist.manifest import Manifest, read_manifest
 from haste_dist.memory import GIB, Facts, MemoryPlan, memory_plan, room
+from haste_dist.mirror import local_copy
+from haste_dist.schedule import pace
 from haste_launch.scale_settings import number
 
 TABLE_WIDTH = 132
@@ -93,11 +95,15 @@ def choose_device(config: Config, words: Words) -> Where:
 
 def load_of_run(config: Config, facts: Facts, made: MemoryPlan, tokens: int) -> Load:
     """What a rank of this run does in a step, for texts of ``tokens`` tokens."""
-    output, encoder, n = config.output, config.encoder, config.train.batch_size
+    output, encoder, step = config.output, config.encoder, pace(config.train)
+    n, size = step.texts, made.encoder
+    work = size.work.flops(n * tokens, n * tokens**2)
+    if size.trained:  # all forward passes but one run twice; backward goes to the inputs, which is as much, and to what is trained
+        work *= 1 + (1 - 1 / step.passes) / (2 + size.trained / size.parameters)
     cuda = facts.device == "cuda"
     sizes = {"float32": 4, "bfloat16": 2, "auto": 2 if cuda else 4}
     weight, momentum = (dtype.itemsize for dtype in stored_dtypes(output, cuda))
-    width = made.encoder.width
+    width = size.width
     return load_of(
         labels=facts.labels,
         ranks=facts.ranks,
@@ -112,8 +118,8 @@ def load_of_run(config: Config, facts: Facts, made: MemoryPlan, tokens: int) -> 
         weight_bytes=weight,
         momentum_bytes=momentum if output.momentum else 0,
         x_bytes=sizes[encoder.precision],
-        encoder_flops=made.encoder.work.flops(n * tokens, n * tokens**2),
-        parameters=made.encoder.trained,
+        encoder_flops=work,
+        parameters=size.trained,
         partitioned=encoder.zero > 0 or sizes[encoder.precision] == 2,
         label_parallel=config.launch.label_parallel,
     )
@@ -159,7 +165,7 @@ def _manifest(config: Config, words: Words) -> Manifest | None:
     try:
         if not config.data.prepared:
             raise DataError("data.prepared is empty")
-        return read_manifest(Path(config.data.prepared))
+        return read_manifest(local_copy(config.data.prepared))
     except DataError as error:
         if words.labels:
             return None

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from haste_dist.errors import ConfigError, DataError
+from haste_dist.runlog import read_events
 from haste_launch import estimator
 from haste_launch.estimator import HasteClassifier
 
@@ -21,6 +22,16 @@ def test_the_documented_example_trains(ray_session: None) -> None:
     assert runner.tries > 5
     folder = next(t for t in tests if t.examples).globs["model"].folder_
     assert (folder / "run" / "checkpoints" / "best.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_few_texts_of_which_none_is_held_out_train(ray_session: None, tmp_path: Path) -> None:
+    """A tenth of three is none, so that the three choose the best checkpoint."""
+    texts, labels = ["a cat sleeps", "the dog barks", "rain falls"], [["cat"], ["dog"], ["weather"]]
+    settings = ["encoder.layers=1", "encoder.lr=1e-3", "output.lr=0.5", "train.batch_size=16", "train.patience=0"]
+    model: HasteClassifier[str] = HasteClassifier(epochs=20, settings=settings, folder=str(tmp_path))
+    assert model.fit(texts, labels).predict(texts, k=1) == labels
+    assert [event["rows"] for event in read_events(tmp_path / "run") if event["event"] == "eval"][-1] == 3
 
 
 def test_scikit_learn_takes_it_for_its_own() -> None:

@@ -136,6 +136,21 @@ def test_a_bad_batch_is_passed_over_and_changes_nothing(tmp_path: Path) -> None:
     assert lost == {5, 9}  # no loss is told of a batch that was passed over
 
 
+def train_past_a_rewiring(world: World, config: Config) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        bad_embeddings(patch, world, {7}, rank=1)
+        train(config, world)
+
+
+def test_a_rewiring_whose_batches_were_all_passed_over_replaces_nothing(tmp_path: Path) -> None:
+    """On two ranks, of which one has no group of the tail."""
+    words = ["train.skip_batches=1", "rewire.grow=gradient", "rewire.batches=1", "train.max_steps=15", "train.evaluate_every=0"]
+    config = make_prepared(tmp_path, labels=32, overrides=words)
+    run_ranks(2, train_past_a_rewiring, config)
+    found = [(e["step"], e["batches"], e["replaced"] > 0) for e in read_events(config.run.folder) if e["event"] == "rewire"]
+    assert found == [(7, 0, False), (14, 1, True)]
+
+
 def test_the_bound_holds_over_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["train.skip_batches=2", "train.checkpoint_every=1", "train.max_steps=6", "train.evaluate_every=0"]
     config, world = make_prepared(tmp_path, overrides=words), join_world("cpu")

@@ -91,6 +91,8 @@ def test_scoring_reads_every_text_once() -> None:
     seen = [b.texts.tolist() for b in scoring_batches(maker, 8)]
     assert sorted(itertools.chain(*seen)) == list(range(45))
     assert sum(len(b.texts) for b in scoring_batches(maker, 8, limit=10)) == 10
+    texts.positions = texts.positions[:0]
+    assert not list(scoring_batches(maker, 8))
 
 
 def test_dev_texts_are_cut_from_training(tmp_path: Path) -> None:

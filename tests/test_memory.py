@@ -36,6 +36,7 @@ from haste_dist.memory import (
     shard_sizes,
 )
 from haste_dist.replicas import summed_over
+from haste_dist.schedule import pace
 from haste_dist.sharding import label_shard
 from haste_dist.step import train_step
 from haste_dist.synthetic import LabelLaw, synthetic_batch
@@ -121,7 +122,8 @@ def test_a_dry_run_keeps_what_a_real_forward_pass_keeps(project: int) -> None:
 def step_within_plan(world: World, words: list[str], tolerance: float) -> None:
     """Real steps: the most bytes of tensors alive, against the plan."""
     page = config(*words)
-    labels, n, s, vocabulary = 40_000, page.train.batch_size, page.data.max_length, 300
+    made = pace(page.train)
+    labels, n, s, vocabulary = 40_000, made.texts, page.data.max_length, 300
     encoder = build_encoder(page.encoder, vocabulary, 0, s)
     engine = EncoderEngine(encoder, page.encoder, world)
     head = head_size(labels, page.output.head_fraction, page.output.group_size)
@@ -133,7 +135,7 @@ def step_within_plan(world: World, words: list[str], tolerance: float) -> None:
     batch = synthetic_batch(LAW, labels, head, n, s, vocabulary, 0, 0, world.size, world.rank)
 
     def step(number: int) -> None:
-        train_step(engine, classifier, batch, world, lr_encoder=1e-4, lr_output=1e-4, step=number, seed=0)
+        train_step(engine, classifier, batch, world, lr_encoder=1e-4, lr_output=1e-4, step=number, seed=0, passes=made.passes)
 
     for number in range(2):
         step(number)
@@ -153,6 +155,30 @@ BATCHES = [["train.batch_size=64"], ["train.batch_size=8"], ["train.batch_size=3
 @pytest.mark.parametrize("more", [*BATCHES, ["train.batch_size=2", "encoder.width=256"]])  # the last: the encoder's weights are most of it
 def test_a_step_holds_what_was_planned(more: list[str]) -> None:
     step_within_plan(join_world("cpu"), [*SMALL, *more], 0.1)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["train.batch_size=16", "train.accumulation=4"],
+        ["train.batch_size=8", "train.accumulation=64", "output.tail_dropout=0.1"],  # the output layer's part is most of it
+        ["train.batch_size=32", "train.accumulation=4", "encoder.precision=bfloat16"],
+        ["train.batch_size=2", "train.accumulation=4", "encoder.width=256"],
+    ],
+)
+def test_a_step_of_several_passes_holds_what_was_planned(more: list[str]) -> None:
+    step_within_plan(join_world("cpu"), [*SMALL, "train.classifier_step=global", *more], 0.1)
+
+
+def test_the_output_layer_of_several_passes_is_planned_as_of_one_large_batch() -> None:
+    words = [*BERT[:-1], "output.tail_dropout=0.1", "rewire.grow=gradient"]
+    passes = config(*words, "train.batch_size=512", "train.accumulation=16", "train.classifier_step=global")
+    several, one = (memory_plan(page, Facts(1_000_000, 100, 30_522)) for page in (passes, config(*words, "train.batch_size=8192")))
+    for name in ("batch", "embeddings and their gradient", "dropout of the head's or tail's input", "kernel workspace", "kept batches"):
+        assert several.phases["output layer"][name] == one.phases["output layer"][name]
+    assert several.phases["output layer"]["activations"] * 15 < one.phases["output layer"]["activations"]
+    micro = memory_plan(config(*words, "train.batch_size=512"), Facts(1_000_000, 100, 30_522))
+    assert several.phases["evaluation"]["activations"] == micro.phases["evaluation"]["activations"]
 
 
 def test_a_step_in_a_basis_holds_what_was_planned() -> None:

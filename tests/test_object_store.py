@@ -36,6 +36,7 @@ from haste_dist.storage import Location
 from haste_dist.train import train
 from haste_dist.verify import verify
 from haste_dist.world import World, join_world
+from haste_launch.plan import Words, plan
 
 pytest.importorskip("moto", reason="needs moto's S3 server")
 TRAIN, TEST = make_texts(70, LABELS), make_texts(20, LABELS, "s")
@@ -99,7 +100,7 @@ def test_a_source_in_a_store_gives_the_same_shards(
 
 
 def test_prepared_in_a_store_and_trained_from_a_copy(
-    tmp_path: Path, store: fs.S3FileSystem, wordpiece: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: fs.S3FileSystem, wordpiece: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_source(tmp_path / "source", "jsonl", TRAIN, TEST, LABELS)
     lines = json_lines(TRAIN)
@@ -118,6 +119,8 @@ def test_prepared_in_a_store_and_trained_from_a_copy(
     assert there == contents(tmp_path / "local").keys()
 
     shutil.rmtree(folder)  # another machine
+    assert plan(config, Words()) == 0
+    assert f"{manifest.labels} labels" in capsys.readouterr().out
     assert open_split(open_prepared(config).folder, manifest, "train").num_rows == 70
     with store.open_output_stream("lake/prepared/one/train/00001.arrow") as file:
         file.write(b"x" * manifest.splits["train"].shards[1].bytes)

@@ -1,14 +1,17 @@
 """``haste plan``: what it prints, what it refuses, and that it never invents a figure."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from test_cost_model import study
 from tiny import make_prepared
 
-from haste_dist.config import save_config
-from haste_dist.cost_model import fit, kept_path
+from haste_dist.config import load_config, save_config
+from haste_dist.cost_model import Load, fit, kept_path
+from haste_dist.memory import Facts, memory_plan
 from haste_launch import cli
+from haste_launch.plan import load_of_run
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +58,20 @@ def test_prepared_data_say_labels_texts_and_tokens(tmp_path: Path, capsys: pytes
     assert status == 0
     assert "GiB on each of 1 cpu, 101 labels" in out
     assert "not measured on cpu" in out
+
+
+def test_a_step_of_several_passes_is_timed_as_one_large_batch_with_forward_passes_run_twice() -> None:
+    facts = Facts(1_000_000, 20, 30_522, 0, 2)
+
+    def load(*words: str) -> Load:
+        config = load_config(None, ["encoder.name=scratch", "encoder.width=64", "encoder.heads=2", "output.fan_in=16", *words])
+        return load_of_run(config, facts, memory_plan(config, facts), 32)
+
+    passes = ["train.batch_size=512", "train.accumulation=16", "train.classifier_step=global"]
+    several, one = load(*passes), load("train.batch_size=8192")
+    assert several.encoder_flops == pytest.approx(one.encoder_flops * (1 + 15 / 16 / 3))
+    assert dataclasses.replace(several, encoder_flops=one.encoder_flops) == one
+    assert load(*passes, "encoder.frozen=true") == load("train.batch_size=8192", "encoder.frozen=true")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from test_centroids import WIDTH
 from tiny import check_resumed_and_shared, make_prepared, read_losses, run_ranks, train_all
 
 from haste_dist import reembedding
+from haste_dist.classifier import Classifier
 from haste_dist.config import Config, RewireConfig, load_config
 from haste_dist.engine import EncoderEngine
 from haste_dist.live_bytes import LiveBytes
@@ -20,6 +21,7 @@ from haste_dist.model import make_classifier, make_encoder, open_prepared
 from haste_dist.reembedding import reembed
 from haste_dist.rewire import share_due
 from haste_dist.runlog import read_events
+from haste_dist.sharding import label_shard
 from haste_dist.train import train
 from haste_dist.world import World, join_world
 
@@ -76,6 +78,8 @@ def test_features_and_weights_are_those_of_the_definition(tmp_path: Path, basis:
     for group, labels in enumerate(label_of):
         v_GM = np.where(told_TG[group][:, None], v_LD[np.maximum(labels, 0)] - mean_D, 0) @ turn
         chosen = np.sort(np.argsort(-np.square(v_GM).sum(0))[: config.output.fan_in])
+        if not told_TG[group].any():
+            chosen = old_index[group].astype(int)
         assert tail.index[group].tolist() == chosen.tolist()
         new += len(set(chosen) - set(old_index[group].astype(int)))
         for row in range(16):
@@ -115,6 +119,20 @@ def test_ranges_change_nothing_and_hold_what_was_planned(tmp_path: Path, monkeyp
         live.restart()
         reembedding._renew_tail(classifier, part, torch.zeros(WIDTH), 0.5)
     assert 8 * numbers < live.peak - before < 16 * numbers  # as memory.py plans
+
+
+def test_a_group_without_texts_stays_as_it_is() -> None:
+    config = load_config(None, ["output.fan_in=8", "output.group_size=16", "output.head_fraction=0", "output.momentum=0.5"]).output
+    classifier = Classifier(config, label_shard(0, 2, 16, 32, 1, 0), WIDTH, 0, torch.device("cpu"))
+    tail = classifier.tail
+    tail.momentum.normal_()
+    old = [t.clone() for t in (tail.index, tail.weight, tail.momentum)]
+    v_RD, told_R1 = torch.nn.functional.normalize(torch.randn(32, WIDTH), dim=1), torch.arange(32)[:, None] < 16
+    replaced = reembedding._renew_tail(classifier, reembedding.Range(0, 32, v_RD * told_R1, told_R1), torch.zeros(WIDTH), 0.5)
+    for before, now in zip(old, (tail.index, tail.weight, tail.momentum), strict=True):
+        assert torch.equal(now[1], before[1])
+        assert not torch.equal(now[0], before[0])
+    assert replaced == len(set(tail.index[0].tolist()) - set(old[0][0].tolist()))
 
 
 def test_a_label_of_many_texts_has_their_mean() -> None:

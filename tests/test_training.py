@@ -14,9 +14,12 @@ from haste_dist.collectives import StopVote
 from haste_dist.config import Config
 from haste_dist.encoder import build_encoder
 from haste_dist.errors import CheckpointError, ConfigError, DataError, HasteError
+from haste_dist.held_out import check_split, dev_count
 from haste_dist.label_groups import load_label_order
+from haste_dist.manifest import read_manifest, write_manifest
 from haste_dist.preflight import check_run
 from haste_dist.runlog import read_events
+from haste_dist.scoring import evaluate_run
 from haste_dist.train import train
 from haste_dist.world import World, join_world
 
@@ -166,6 +169,7 @@ def test_one_rank_stops_all_at_the_same_step() -> None:
         ({"output.tail_features": [16, 48]}, ConfigError, "the embedding has only 32 features"),
         ({"output.group_size": 32}, HasteError, "groups of 16 and 16 head rows"),
         ({"data.prepared": "nowhere"}, DataError, "run haste prepare"),
+        ({"data.dev_fraction": 0.002}, ConfigError, r"holds out none of the 192 training texts in .*; set 0.0052 or more, or 0 to "),
     ],
 )
 def test_what_does_not_fit_is_refused_before_ranks_start(tmp_path: Path, change: dict, error: type, said: str) -> None:
@@ -174,6 +178,20 @@ def test_what_does_not_fit_is_refused_before_ranks_start(tmp_path: Path, change:
         part, name = key.split(".")
         setattr(getattr(config, part), name, value)
     with pytest.raises(error, match=said):
+        check_run(config)
+
+
+def test_a_split_without_texts_is_refused_before_it_is_evaluated(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path, overrides=["data.dev_fraction=0.0052"])
+    manifest = read_manifest(config.data.prepared)
+    check_split(config, tmp_path, manifest, "dev")
+    assert dev_count(192, config.data.dev_fraction) == 1
+    config.data.dev_fraction, config.evaluate.split = 0.0, "dev"
+    with pytest.raises(ConfigError, match=r"evaluate.split=dev: this run holds out no text .*; set evaluate.split=test"):
+        evaluate_run(config, join_world("cpu"))
+    del manifest.splits["test"]
+    write_manifest(Path(config.data.prepared), manifest)
+    with pytest.raises(ConfigError, match=r"prepared: has no test texts to evaluate on; prepare it with some"):
         check_run(config)
 
 
