@@ -60,7 +60,7 @@ def average_runs(new: str | Path, runs: Sequence[str | Path], name: str = "best"
         _check_alike(models[0], model)
     first, places = models[0].folder, [_place(model) for model in models]
     config = load_config(first / "config.yaml")
-    config.run.folder, config.checkpoint.store = str(new), ""  # the store is the first run's
+    config.run.folder, config.checkpoint.store, config.launch.address = str(new), "", ""  # the store and the cluster are the first run's
     if len({(model.config.data.dev_fraction, model.config.run.seed) for model in models}) > 1 and config.data.dev_fraction:
         # What one held out another has trained on.
         config.data.dev_fraction, config.evaluate.split = 0.0, "test"

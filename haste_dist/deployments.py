@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from haste_dist.batching import Batcher
 from haste_dist.config import Config
 from haste_dist.gate import App
-from haste_dist.live_model import Current, Found, LabelPart, LiveModel, asked_for, merged
+from haste_dist.live_model import Current, Found, LabelPart, LiveModel, asked_for, merged, told
 from haste_dist.service import build_service
 from haste_dist.use_config import ServeConfig
 
@@ -98,11 +98,18 @@ class Model:
         return merged([mine, *(await asyncio.gather(*asked))], k)
 
     async def _follow(self) -> None:
+        """Nothing that goes wrong may end this, since nobody would notice that checkpoints are followed no more."""
+        replaced = False
         while True:
             await asyncio.sleep(self.settings.reload)
-            if await self.live.follow(asyncio.to_thread, self._hold):
-                async with self.one_at_a_time:  # the batch that began with the old version is done
-                    await self._hold([self.live.current.files.version])
+            replaced |= await self.live.follow(asyncio.to_thread, self._hold)
+            if replaced:
+                try:
+                    async with self.one_at_a_time:  # the batch that began with the old version is done
+                        await self._hold([self.live.current.files.version])
+                    replaced = False
+                except Exception as error:
+                    self.live.reload_error = told(error, f"{self.live.folder}: an older checkpoint could not be let go of")
             if self.live.reload_error:
                 logging.getLogger("ray.serve").warning(self.live.reload_error)
 

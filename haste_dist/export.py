@@ -28,7 +28,7 @@ from torch import Tensor
 from haste_dist import calibration, checkpoint, plain_predict
 from haste_dist.checkpoint import ENCODER, load_rows
 from haste_dist.classifier import Classifier, feature_slice
-from haste_dist.config import ENCODER_FOLDER, Config, encoder_settings_of, load_config, save_config
+from haste_dist.config import ENCODER_FOLDER, Config, LaunchConfig, encoder_settings_of, load_config, save_config
 from haste_dist.dense import dense_layer, write_onnx
 from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, merge_adapters
 from haste_dist.errors import CheckpointError, DataError, HasteError
@@ -176,7 +176,7 @@ def _describe(config: Config, order: LabelOrder, width: int) -> dict[str, Any]:
 
 
 def _portable(config: Config) -> Config:
-    """The settings without optimizer state and without the paths of the machine that trained."""
+    """The settings without optimizer state, and without the paths, the cluster and the ranks that trained."""
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, folder="."),
@@ -184,6 +184,7 @@ def _portable(config: Config) -> Config:
         data=dataclasses.replace(config.data, source="", prepared=""),
         encoder=dataclasses.replace(config.encoder, name=ENCODER_FOLDER, tokenizer="", layers=0, lora_rank=0),
         output=dataclasses.replace(config.output, momentum=0.0),
+        launch=LaunchConfig(),
     )
 
 

@@ -19,6 +19,7 @@ from haste_dist import checkpoint
 from haste_dist.classifier import Classifier
 from haste_dist.errors import HasteError
 from haste_dist.export import is_export
+from haste_dist.manifest import first_line
 from haste_dist.predictor import EXPORTED, Embedder, ModelFiles
 from haste_kernels.topk import merge_topk
 
@@ -93,7 +94,8 @@ class LiveModel:
 
     async def follow(self, run: Callable[..., Awaitable[Any]], hold: Callable[[list[str]], Awaitable[Any]]) -> bool:
         """Makes the version that is wanted now the current one; true if it was another. ``run(f, *args)`` runs f in a thread; ``hold``
-        tells the other processes what to have. What goes wrong is kept in ``reload_error``, and the current one stays."""
+        tells the other processes what to have. Whatever goes wrong is kept in ``reload_error``, the current one stays, and the next call
+        tries again: a GPU may have no memory for two models, a process that shares the labels may have died."""
         old = self.current.files.version
         try:
             version = await run(wanted, self.folder, self.name)
@@ -102,8 +104,8 @@ class LiveModel:
                 return False
             loaded = await run(self.load, version)
             await hold([old, version])
-        except HasteError as error:  # such as a checkpoint that training has removed meanwhile
-            self.reload_error = str(error)
+        except Exception as error:  # such as a checkpoint that training has removed meanwhile
+            self.reload_error = told(error, f"{self.folder}: no newer checkpoint could take over")
             return False
         self.current, self.reload_error = loaded, ""
         self.reloads += 1
@@ -151,6 +153,15 @@ class LiveModel:
 def wanted(folder: Path, name: str) -> str:
     """The version that ``name`` (best, last or one checkpoint) means now. Raises CheckpointError."""
     return EXPORTED if is_export(folder) else checkpoint.resolve(folder / checkpoint.CHECKPOINTS, name).name
+
+
+def told(error: Exception, what: str) -> str:
+    """In one line: a HasteError says it all; of others the type says most, and ``what`` says what they kept from being done."""
+    inner = getattr(error, "cause", None)  # what another process raised, out of Ray's wrapping
+    raised = inner if isinstance(inner, Exception) else error
+    if isinstance(raised, HasteError):
+        return str(raised)
+    return f"{what} ({type(raised).__name__}: {first_line(raised)}); the model that answers stays, and this is tried again"
 
 
 def asked_for(k: int) -> int:

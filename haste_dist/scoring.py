@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from haste_dist import checkpoint
-from haste_dist.agreement import same_error
+from haste_dist.agreement import patiently, same_error
 from haste_dist.config import Config
 from haste_dist.evaluate import Keep, evaluate_baseline, evaluate_texts, write_evaluation
 from haste_dist.held_out import check_split
@@ -17,13 +17,10 @@ def evaluate_run(config: Config, world: World, name: str = "best", keep: Keep | 
 
     Every rank calls it. ``keep`` sees the predictions of its own rank's texts. Raises HasteError.
     """
-    prepared = open_prepared(config)
+    prepared = patiently(lambda: open_prepared(config), world)
     split = config.evaluate.split
     check_split(config, prepared.folder, prepared.manifest, split)
-    with same_error(world):
-        if world.is_first:
-            check_run_files(Path(config.run.folder))
-            check_data(prepared.folder)
+    patiently(lambda: _check(Path(config.run.folder), prepared.folder) if world.is_first else None, world)
     encoder = make_encoder(config, prepared.manifest, pretrained=False)
     classifier = make_classifier(config, prepared.order, encoder.width, world, drawn=False)
     engine = frozen_engine(config, encoder, world)
@@ -35,3 +32,8 @@ def evaluate_run(config: Config, world: World, name: str = "best", keep: Keep | 
         baseline = evaluate_baseline(config, prepared, split)
         write_evaluation(config.run.folder, split, result, baseline, step=state.step, checkpoint=folder.name)
     return result
+
+
+def _check(run: Path, prepared: Path) -> None:
+    check_run_files(run)
+    check_data(prepared)

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from haste_dist import checkpoint
-from haste_dist.agreement import same_error
+from haste_dist.agreement import patiently, same_error
 from haste_dist.centroids import start_from_centroids
 from haste_dist.checkpoint import CHECKPOINTS, RunState
 from haste_dist.collectives import StopVote, barrier
@@ -69,14 +69,9 @@ class Training:
         """Every rank makes one. Raises HasteError."""
         run = Path(config.run.folder)
         self.saved = run / CHECKPOINTS
-        with same_error(world):
-            if world.is_first:
-                checkpoint.put_back(self.saved)
-                restore(config)
-        prepared = check_run(config)
-        with same_error(world):
-            if world.is_first:
-                check_data(prepared.folder)
+        patiently(lambda: _restore(config, self.saved) if world.is_first else None, world)
+        prepared = patiently(lambda: check_run(config), world)
+        patiently(lambda: check_data(prepared.folder) if world.is_first else None, world)
         config = dataclasses.replace(config, output=dataclasses.replace(config.output, bias_init=prior_bias(config, prepared.manifest)))
         self.config, self.world, self.prepared = config, world, prepared
 
@@ -234,3 +229,8 @@ class Training:
             self.guard.settle(f"the loss became {value} at step {step}")
         epoch, spikes = step / self.plan.per_epoch, self.spikes.add(value)
         self.log.step(step=step, epoch=epoch, loss=value, loss_spikes=spikes, **rates, **self.timer.read())
+
+
+def _restore(config: Config, saved: Path) -> None:
+    checkpoint.put_back(saved)
+    restore(config)

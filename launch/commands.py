@@ -13,6 +13,8 @@ from haste_dist.config import Config, load_config
 from haste_dist.errors import ConfigError
 from haste_dist.page import describe
 
+NO_CLUSTER = "launch.address="  # later words name one
+
 
 def config(args: Namespace) -> int:
     print(describe(load_config(args.config, args.overrides)), end="")
@@ -146,7 +148,7 @@ def inspect(args: Namespace) -> int:
 def labels(args: Namespace) -> int:
     run = Path(args.run)
     run_config(args.run, [])
-    settings = load_config(run / "config.yaml", [*args.overrides, f"run.folder={args.new}"])
+    settings = load_config(run / "config.yaml", [NO_CLUSTER, *args.overrides, f"run.folder={args.new}"])
     from haste_dist.extension import add_labels, check_words
     from haste_dist.sources import find_source
     from haste_launch.ray_session import ray_session
@@ -260,13 +262,14 @@ def bench(args: Namespace) -> int:
 
 
 def run_config(run: str, overrides: list[str]) -> Config:
-    """The config that a run was trained with, ``overrides`` on top. ``run.folder`` is where the run lies now.
+    """The config that a run was trained with, ``overrides`` on top. ``run.folder`` is where the run lies now, and the cluster that it was
+    trained on, which may have ended with its job, is none to join unless ``overrides`` name it.
 
     Raises ConfigError if ``run`` is no run folder.
     """
     file = Path(run) / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run}: no run folder (it has no config.yaml); haste train makes one")
-    settings = load_config(file, overrides)
+    settings = load_config(file, [NO_CLUSTER, *overrides])
     settings.run.folder = str(run)
     return settings

@@ -49,7 +49,10 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
             _check_that_something_listens(address)
             ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"launch.address: no Ray cluster at '{address}' ({str(error).splitlines()[0]})") from None
+            raise ConfigError(
+                f"launch.address: no Ray cluster at '{address}' ({str(error).splitlines()[0]}); "
+                "name another, or none to start Ray on this machine (launch.address= without RAY_ADDRESS)"
+            ) from None
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains the nodes of such a cluster
         servers = _start_twice(config, quiet)

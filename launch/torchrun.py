@@ -83,11 +83,13 @@ def _scale(argv: list[str], wants_stop: Callable[[], bool]) -> int:
 def _check_memory(config: Config, world: "World") -> None:  # type: ignore[name-defined]  # noqa: F821
     import torch
 
+    from haste_dist.agreement import patiently
     from haste_dist.fits import check_fits, facts_of
     from haste_dist.model import open_prepared
 
+    manifest = patiently(lambda: open_prepared(config), world).manifest  # where it lies in a store, some machines have a copy
     gib = torch.cuda.get_device_properties(world.device).total_memory / 2**30
-    check_fits(config, facts_of(open_prepared(config).manifest, world.size, "cuda"), gib, torch.cuda.get_device_name(world.device))
+    check_fits(config, facts_of(manifest, world.size, "cuda"), gib, torch.cuda.get_device_name(world.device))
 
 
 def _show(progress: "Progress", done: threading.Event) -> None:  # type: ignore[name-defined]  # noqa: F821

@@ -69,6 +69,7 @@ def test_weights_are_the_mean_and_the_run_is_whole(pretrained: Config, tmp_path:
     """The first run was trained on two ranks, the others on one."""
     first, *others = configs = seeds_of(pretrained, tmp_path, 3)
     first.checkpoint.store = str(tmp_path / "store")
+    first.launch.address = "10.0.0.1:23456"
     run_ranks(2, train_all, [first])
     train_all(join_world("cpu"), others)
     new = tmp_path / "mean"
@@ -89,7 +90,7 @@ def test_weights_are_the_mean_and_the_run_is_whole(pretrained: Config, tmp_path:
     verify(new)
     assert len(list(folder.glob("output-*-of-00002.safetensors"))) == 2
     config = load_config(new / "config.yaml")
-    assert config.checkpoint.store == ""
+    assert (config.checkpoint.store, config.launch.address) == ("", "")
     assert evaluate_run(config, join_world("cpu"), "best")["rows"] == 48
     assert [Path(one).parents[1].name for one in mean_event(new)["checkpoints"]] == ["run-0", "run-1", "run-2"]
     exported = export(new, tmp_path / "exported")

@@ -190,6 +190,35 @@ def test_a_run_is_read_with_its_own_page_and_from_where_it_lies_now(tmp_path: Pa
         commands.run_config(str(tmp_path), ["evaluate.spilt=train"])
 
 
+@pytest.mark.parametrize(
+    ("words", "module", "function"),
+    [
+        ("evaluate {run}", "ray_train", "evaluate"),
+        ("predict {run} --input x.txt --output out", "predict", "predict_into"),
+        ("serve {run}", "serve", "serve_run"),
+        ("labels add {run} {run}-2 data.source={run} data.prepared=b", "ray_session", "ray_session"),
+        ("train {run}/config.yaml", "ray_train", "train"),
+    ],
+)
+def test_the_cluster_that_a_run_was_trained_on_is_joined_to_train_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, module: str, function: str
+) -> None:
+    """Under Slurm it ends with the job; a page that is to be trained again says itself where."""
+    joined: list[str] = []
+
+    def join(config: Config, *_: object) -> int:
+        joined.append(config.launch.address)
+        raise Interrupted("seen")
+
+    monkeypatch.setattr(f"haste_launch.{module}.{function}", join)
+    monkeypatch.setattr("haste_dist.sources.find_source", lambda data: None)
+    save_config(load_config(None, ["launch.address=10.0.0.1:23456", "data.source=a"]), tmp_path / "config.yaml")
+    line = shlex.split(words.format(run=tmp_path))
+    assert cli.main(line) == 130
+    assert cli.main([*line, "launch.address=10.0.0.2:6379"]) == 130
+    assert joined == ["10.0.0.1:23456" if function == "train" else "", "10.0.0.2:6379"]
+
+
 def test_prepare_runs_inside_a_ray_session_and_train_gets_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     import haste_dist.prepare
     import haste_dist.sources

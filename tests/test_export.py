@@ -1,5 +1,6 @@
 """An exported run predicts as the run does, with this package and without it, and is refused once damaged."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tiny import haste, make_prepared
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from haste_dist.checkpoint import rows_file
-from haste_dist.config import Config
+from haste_dist.config import Config, LaunchConfig, load_config, save_config
 from haste_dist.dense import dense_layer
 from haste_dist.errors import HasteError
 from haste_dist.export import _joined, export
@@ -117,6 +118,15 @@ def test_a_dense_layer_and_onnx_give_the_run_s_logits(trained: Config, tmp_path:
     np.testing.assert_allclose((x @ dense["weight"].T + dense["bias"]).numpy(), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(HasteError, match=r"larger than 1\.8 GB; export it as it is"):
         dense_layer({}, {"labels": 10**6, "width": 768, "head_rows": 0}, np.arange(1))
+
+
+@pytest.mark.parametrize("trained", TRAINED[:1], ids=["mean"], indirect=True)
+def test_the_cluster_and_the_ranks_that_trained_stay_behind(trained: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.run.folder, run)
+    save_config(load_config(run / "config.yaml", ["launch.address=10.0.0.1:23456", "launch.ranks=8"]), run / "config.yaml")
+    (run / "checksums.json").unlink()
+    assert load_config(export(run, tmp_path / "out", "last") / "config.yaml").launch == LaunchConfig()
 
 
 @pytest.mark.parametrize("trained", TRAINED[:1], ids=["mean"], indirect=True)

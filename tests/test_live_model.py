@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from haste_dist.train import train
 from haste_dist.use_config import ServeConfig
 from haste_dist.world import join_world
 
+SECONDS = 60
 TEXTS = ["w0 w1 w14", "w7 w8 w9 w21", "w3", "w190 w2 w5 w6 w7"]
 
 
@@ -104,6 +106,90 @@ def test_a_part_that_cannot_follow_keeps_all_on_the_old_version(run: Path) -> No
     point(run / "checkpoints", "best", step_of(Path(names(run)[-1])))
     assert not follow(live, hold)
     assert (live.current.files.version, live.reload_error) == (names(run)[0], "disk gone")
+
+
+class Other:
+    """A process that shares the labels, as Ray Serve's handles speak of it; its n-th answer to ``hold`` is ``errors[n]``, then none."""
+
+    def __init__(self, *errors: Exception | None):
+        self.errors, self.held, self.hold = list(errors), [list[str]()], self
+
+    async def remote(self, versions: list[str]) -> None:
+        if self.errors and (error := self.errors.pop(0)) is not None:
+            raise error
+        self.held.append(versions)
+
+
+def following(live: LiveModel, *others: Other) -> deployments.Model:
+    """The service's process around ``live``; to be made within a loop, in which it looks for a newer checkpoint all the time."""
+    model = object.__new__(deployments.Model)
+    model.live, model.others, model.settings = live, others, ServeConfig(reload=0.01)  # type: ignore[assignment]
+    model.one_at_a_time = asyncio.Lock()
+    model.following = asyncio.get_running_loop().create_task(model._follow())
+    return model
+
+
+async def until(model: deployments.Model, done: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not done():
+        assert model.following is not None
+        assert not model.following.done(), "follows no more"
+        assert time.monotonic() < end, model.live.reload_error
+        await asyncio.sleep(0.01)
+
+
+def test_a_reload_that_finds_no_memory_is_told_and_the_next_checkpoint_tried(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older, newer = names(run)[0], names(run)[-1]
+    live = LiveModel(run, "best", "cpu")
+    load, full = live.load, [True]
+
+    def load_where_there_is_room(version: str) -> Any:
+        if full[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return load(version)
+
+    async def serve() -> None:
+        model = following(live)
+        point(run / "checkpoints", "best", step_of(Path(newer)))
+        await until(model, lambda: live.reload_error != "")
+        told = f"{run}: no newer checkpoint could take over (OutOfMemoryError: CUDA out of memory.); the model that answers stays"
+        assert (await model.state())["reload_error"].startswith(told)
+        assert live.current.files.version == older
+        full[0] = False
+        await until(model, lambda: live.reloads == 1)
+        assert (live.current.files.version, live.reload_error) == (newer, "")
+        assert model.following is not None
+        model.following.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await model.following
+
+    monkeypatch.setattr(live, "load", load_where_there_is_room)
+    asyncio.run(serve())
+
+
+def test_a_part_that_dies_while_it_lets_go_is_told_and_asked_again(run: Path) -> None:
+    """Ray wraps what another process raised in a text of many lines."""
+    from ray.exceptions import RayTaskError
+
+    older, newer = names(run)[0], names(run)[-1]
+    wrapped = RayTaskError("hold", "Traceback\n  lines", RuntimeError("no such device")).as_instanceof_cause()
+    live, other = LiveModel(run, "best", "cpu"), Other(None, OSError("the part died"), wrapped)
+    told: list[str] = []
+
+    async def serve() -> None:
+        model = following(live, other)
+        point(run / "checkpoints", "best", step_of(Path(newer)))
+        await until(model, lambda: told.append(live.reload_error) or len(other.held) == 3)  # type: ignore[func-returns-value]
+        await until(model, lambda: live.reload_error == "")
+        assert model.following is not None
+        model.following.cancel()
+
+    asyncio.run(serve())
+    assert other.held[1:] == [[older, newer], [newer]]
+    assert (live.current.files.version, live.reloads) == (newer, 1)
+    said = {line.split("; ")[0] for line in told if line}
+    why = "an older checkpoint could not be let go of"
+    assert said == {f"{run}: {why} (OSError: the part died)", f"{run}: {why} (RuntimeError: no such device)"}
 
 
 @pytest.mark.parametrize("parts", [2, 3])
