@@ -35,6 +35,7 @@ STEP_NAME = re.compile(r"step-\d{8,}")
 REPLACED = ".replaced-"  # before the name of a complete checkpoint while another of its step takes its place
 PIECE = 2**28  # bytes of rows read at once
 MEND = "delete the folder to use an earlier checkpoint"
+OTHER = "set output.* as the run's config.yaml has it, or name another run.folder"
 
 
 @dataclass
@@ -61,7 +62,7 @@ def load(checkpoint: Path, engine: EncoderEngine | None, classifier: Classifier,
 
     Of the label rows a rank reads, and checks, only the files that hold its own. Raises CheckpointError.
     """
-    page = _page_of(checkpoint, fingerprint)
+    page = page_of(checkpoint, fingerprint)
     verify_files(checkpoint, page, (name for name in page["files"] if not name.startswith("output")))
     with _told(checkpoint, page):
         if engine is not None:
@@ -73,7 +74,7 @@ def load(checkpoint: Path, engine: EncoderEngine | None, classifier: Classifier,
 
 def load_encoder(checkpoint: Path, engine: EncoderEngine, fingerprint: str) -> None:
     """The encoder alone, for prediction: of all files only its own is read. Raises CheckpointError."""
-    page = _page_of(checkpoint, fingerprint)
+    page = page_of(checkpoint, fingerprint)
     verify_files(checkpoint, page, [ENCODER])
     with _told(checkpoint, page):
         engine.load_state(load_file(checkpoint / ENCODER), {})
@@ -84,15 +85,19 @@ def load_labels(checkpoint: Path, classifier: Classifier, fingerprint: str, veri
 
     ``verified``: the caller, who loads shard after shard, has held the files against their checksums.
     """
-    page = _page_of(checkpoint, fingerprint)
+    page = page_of(checkpoint, fingerprint)
     with _told(checkpoint, page):
         load_rows(checkpoint, page, classifier, momentum=False, verified=verified)
 
 
-def _page_of(checkpoint: Path, fingerprint: str) -> dict:
+def page_of(checkpoint: Path, fingerprint: str) -> dict:
+    """The state.json of a checkpoint of that label order. Raises CheckpointError."""
     page = read_page(checkpoint)
     if page["label_order"] != fingerprint:
-        raise CheckpointError(f"{checkpoint}: belongs to another label order than the prepared folder's; use the data it was trained with")
+        raise CheckpointError(
+            f"{checkpoint}: belongs to another label order than the prepared folder's; use the data it was trained with (data.prepared), "
+            "or another run.folder"
+        )
     return page
 
 
@@ -212,7 +217,7 @@ def load_rows(checkpoint: Path, page: dict, classifier: Classifier, momentum: bo
         with safe_open(path, framework="pt") as file:
             starts = {name: start for name, start in (file.metadata() or {}).items() if momentum or "momentum" not in name}
             if set(starts) != set(wanted):
-                raise CheckpointError(f"{path}: holds {sorted(starts)}, this configuration needs {sorted(wanted)}")
+                raise CheckpointError(f"{path}: holds {sorted(starts)}, this configuration needs {sorted(wanted)}; {OTHER}")
             spans = {name: _overlap(tensor.shape[0], start, file, name, int(starts[name])) for name, (tensor, start) in wanted.items()}
             if not verified and any(low < high for low, high in spans.values()):
                 verify_files(checkpoint, page, [path.name])
@@ -220,7 +225,8 @@ def load_rows(checkpoint: Path, page: dict, classifier: Classifier, momentum: bo
                 source = file.get_slice(name)
                 if tuple(source.get_shape()[1:]) != tuple(tensor.shape[1:]):
                     raise CheckpointError(
-                        f"{path}: {name} has rows of shape {source.get_shape()[1:]}, this configuration needs {list(tensor.shape[1:])}"
+                        f"{path}: {name} has rows of shape {source.get_shape()[1:]}, this configuration needs "
+                        f"{list(tensor.shape[1:])}; {OTHER}"
                     )
                 (low, high), offset = spans[name], int(starts[name])
                 rows = max(1, PIECE // max(1, tensor[:1].nbytes))

@@ -21,6 +21,7 @@ from haste_dist.imports import no_collection
 from haste_dist.meters import stage
 from haste_dist.world import World
 
+OTHER = "set encoder.* as the run's config.yaml has it, or name another run.folder"
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
@@ -124,10 +125,11 @@ class EncoderEngine:
             shapes |= dict(zip(self._flat.names, self._flat.shapes, strict=True))
         missing = set(shapes) ^ set(weights)
         if missing:
-            raise CheckpointError(f"encoder weights do not fit this encoder: '{sorted(missing)[0]}' is in one of them only")
+            raise CheckpointError(f"encoder weights do not fit this encoder: '{sorted(missing)[0]}' is in one of them only; {OTHER}")
         for name, shape in shapes.items():
             if shape != weights[name].shape:
-                raise CheckpointError(f"encoder weight '{name}' has shape {tuple(weights[name].shape)}, this encoder needs {tuple(shape)}")
+                found = f"encoder weight '{name}' has shape {tuple(weights[name].shape)}"
+                raise CheckpointError(f"{found}, this encoder needs {tuple(shape)}; {OTHER}")
         with torch.no_grad():
             for name, param in self.module.named_parameters():
                 param.copy_(weights[name])

@@ -124,7 +124,11 @@ def _write_encoder(folder: Path, config: Config, run: Path, weights: dict[str, T
     settings = encoder_settings_of(config, run)
     tokenizer = load_tokenizer(settings)
     encoder = build_encoder(settings, len(tokenizer), int(tokenizer.pad_token_id), config.data.max_length, pretrained=False)
-    encoder.load_state_dict(weights)
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{run}: its encoder's weights do not fit its config.yaml ({reason})") from None
     if settings.lora_rank:
         merge_adapters(encoder.model)
     encoder.model.save_pretrained(folder, max_shard_size="1TB")  # type: ignore[operator]

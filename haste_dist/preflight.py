@@ -41,7 +41,7 @@ def check_run(config: Config) -> Prepared:
     if config.run.resume == "never" and found is not None:
         raise CheckpointError(f"{folder}: holds a run already ({found.name}); choose another run.folder or run.resume=auto")
     if found is not None:
-        checkpoint.read_page(found)
+        checkpoint.page_of(found, prepared.order.fingerprint)
     return prepared
 
 

@@ -89,14 +89,14 @@ class Training:
         start = checkpoint.newest(self.saved)
         self.state = RunState()
         self.classifier = make_classifier(config, prepared.order, encoder.width, world, drawn=start is None)
-        if world.is_first:
-            save_run_files(run, config, encoder, prepared.folder)
         self.engine = EncoderEngine(encoder, config.encoder, world)
         if start is not None:
             with same_error(world):
                 self.state = checkpoint.load(start, self.engine, self.classifier, prepared.order.fingerprint)
         elif config.output.start == "centroids":
             start_from_centroids(self.classifier, prepared)
+        if world.is_first:  # now that all fits: a run that is refused stays as it was
+            save_run_files(run, config, encoder, prepared.folder)
         barrier(world)
 
         with same_error(world):

@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from haste_dist.checkpoint import rows_file
 from haste_dist.config import Config, LaunchConfig, load_config, save_config
 from haste_dist.dense import dense_layer
-from haste_dist.errors import HasteError
+from haste_dist.errors import CheckpointError, HasteError
 from haste_dist.export import _joined, export
 from haste_dist.predictor import Predictor
 from haste_dist.tensor_file import write_tensors
 from haste_dist.train import train
-from haste_dist.verify import verify
+from haste_dist.verify import seal_run, verify
 from haste_dist.world import join_world
 from haste_launch import cli
 
@@ -168,3 +168,14 @@ def test_rows_of_many_ranks_are_joined(tmp_path: Path) -> None:
     whole = classifier(1, 0, 1).tensors()
     assert set(joined) == {name for name in whole if "momentum" not in name}
     assert all(torch.equal(tensor, whole[name][0]) for name, tensor in joined.items())
+
+
+def test_an_encoder_that_does_not_fit_its_settings_is_told(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path, overrides=["train.max_steps=4"])
+    train(config, join_world("cpu"))
+    page = Path(config.run.folder) / "encoder/config.json"
+    page.write_text(page.read_text().replace('"intermediate_size": 128', '"intermediate_size": 64'))
+    seal_run(Path(config.run.folder))
+    with pytest.raises(CheckpointError, match=r"its encoder's weights do not fit its config.yaml \(size mismatch for model"):
+        export(config.run.folder, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))

@@ -225,3 +225,30 @@ def test_the_label_order_of_a_run_is_copied_for_predict(tmp_path: Path) -> None:
     assert sorted(labels[0][:64]) == list(range(64))
     assert (labels[:, 64:] == -1).all()
     assert (np.diff(scores[:, :64]) <= 0).all()
+
+
+def test_a_refused_command_leaves_a_run_as_it_was(tmp_path: Path) -> None:
+    """Other data, another encoder, another tail: what predict needs of the run is still there."""
+    config = make_prepared(tmp_path / "one", overrides=["train.max_steps=4"])
+    train(config, join_world("cpu"))
+    run = Path(config.run.folder)
+
+    def held() -> dict[str, bytes]:
+        return {path.relative_to(run).as_posix(): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    before = held()
+    assert {"config.yaml", "labels.arrow", "checksums.json", "encoder/config.json"} <= before.keys()
+    other = copy.deepcopy(config)
+    other.data.prepared = make_prepared(tmp_path / "two", seed=5).data.prepared
+    wide, sparse = copy.deepcopy(config), copy.deepcopy(config)
+    wide.encoder.width, sparse.output.fan_in = 64, 4
+    for asked, said in (
+        (other, r"another label order .*\(data.prepared\), or another run.folder"),
+        (wide, r"shape .*; set encoder.\* as the run's config.yaml has it, or name another run.folder"),
+        (sparse, r"rows of shape .*; set output.\* as the run's config.yaml has it"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            train(asked, join_world("cpu"))
+        assert held() == before
+    with pytest.raises(CheckpointError, match="another label order"):
+        check_run(other)  # before ranks start
