@@ -1,7 +1,7 @@
 """Ranks labels for texts with plain torch: python predict.py "a text" ... Needs torch, transformers, safetensors and pyarrow."""
 
 import json
-import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pyarrow as pa
@@ -45,4 +45,10 @@ def main(folder: Path, texts: list[str], k: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(__file__).resolve().parent, sys.argv[1:])
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="a text to rank labels for; behind -- where it starts with a dash")
+    parser.add_argument("-k", type=int, default=5, metavar="K", help="labels a text (default 5)")
+    args = parser.parse_args()
+    if args.k < 1:
+        parser.error(f"argument -k: {args.k} is not at least 1")
+    main(Path(__file__).resolve().parent, args.texts, args.k)

@@ -91,6 +91,28 @@ def test_predict_py_calibrates_as_the_package_does(trained: Config, tmp_path: Pa
     assert "calibrated" not in (export(trained.run.folder, tmp_path / "bare", "last") / "README.md").read_text()
 
 
+@pytest.mark.parametrize("trained", TRAINED[:1], ids=["mean"], indirect=True)
+def test_predict_py_tells_options_from_texts(trained: Config, tmp_path: Path) -> None:
+    out = export(trained.run.folder, tmp_path / "out", "last")
+
+    def plain(*words: str) -> tuple[int, str, str]:
+        done = subprocess.run([sys.executable, str(out / "predict.py"), *words], capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    status, told, error = plain("-k", "3", *TEXTS[:2])
+    assert (status, error) == (0, "")
+    assert [line for line in told.splitlines() if not line.startswith("  ")] == TEXTS[:2]
+    assert len(told.splitlines()) == 2 * (1 + 3)
+    status, told, error = plain("--help")
+    assert (status, error) == (0, "")
+    assert told.startswith("usage: predict.py ")
+    for words, problem in (((), "required: TEXT"), (("-k", "0", "a text"), "-k: 0 is not at least 1"), (("-k", "3"), "required: TEXT")):
+        status, told, error = plain(*words)
+        assert (status, told) == (2, "")
+        assert error.startswith("usage: predict.py ")
+        assert problem in error
+
+
 def test_adapters_are_merged_into_what_they_adapt(tmp_path: Path) -> None:
     """predict.py builds the model without adapters: names that it does not know would leave its weights random."""
     pytest.importorskip("peft")
