@@ -6,12 +6,14 @@ take seconds, and ``haste config`` needs none of them.
 
 import json
 from argparse import Namespace
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
 from haste_dist.config import Config, load_config
 from haste_dist.errors import ConfigError
 from haste_dist.page import describe
+from haste_dist.use_config import PredictConfig
 
 NO_CLUSTER = "launch.address="  # later words name one
 
@@ -82,12 +84,13 @@ def evaluate(args: Namespace) -> int:
 
 def predict(args: Namespace) -> int:
     settings = run_config(args.run, args.overrides)
-    from haste_dist.predict import Input, check_output, predict_all, print_predictions, read_inputs, write_predictions
-
     if args.input and args.output and (Path(args.input).is_dir() or Path(args.output).suffix not in (".jsonl", ".parquet")):
         from haste_launch.predict import predict_into
 
         return predict_into(settings, args.checkpoint, args.input, args.output, args.k)
+    _refuse_folder_settings(settings.predict)
+    from haste_dist.predict import Input, check_output, predict_all, print_predictions, read_inputs, write_predictions
+
     if args.output:
         check_output(args.output, args.input)
     if args.text and not all(text.strip() for text in args.text):
@@ -98,12 +101,20 @@ def predict(args: Namespace) -> int:
 
     predictor = Predictor(args.run, args.checkpoint, settings.launch.device)
     files = predictor.files
-    predictions = predict_all(predictor.topk, chain([first], batches), files.names, args.k, files.calibration)
+    calibration = files.calibration if settings.predict.calibrated else None
+    predictions = predict_all(predictor.topk, chain([first], batches), files.names, args.k, calibration)
     if args.output:
         print(f"{args.output}: {write_predictions(predictions, args.output):,} texts")
     else:
         print_predictions(predictions)
     return 0
+
+
+def _refuse_folder_settings(settings: PredictConfig) -> None:
+    """Raises ConfigError for a setting that the screen and a file would pass over without a word: all but predict.calibrated."""
+    for name, default in asdict(PredictConfig()).items():
+        if name != "calibrated" and (value := getattr(settings, name)) != default:
+            raise ConfigError(f"predict.{name}={value}: is for output into a folder; leave it out, or give --input and --output FOLDER/")
 
 
 def serve(args: Namespace) -> int:
