@@ -67,14 +67,15 @@ def export(run: str | Path, out: str | Path, checkpoint_name: str = "best", form
         tensors = _joined(found, page)
         write_tensors(part / OUTPUT, tensors, dict.fromkeys(tensors, "0"))
         copy_order(run, part)
-        if calibration.read_calibration(run, found.name) != calibration.Calibration():
+        fitted = calibration.read_calibration(run, found.name)
+        if fitted != calibration.Calibration():
             shutil.copyfile(run / calibration.FILE, part / calibration.FILE)
         shutil.copyfile(plain_predict.__file__, part / "predict.py")
         described = _describe(config, order, encoder.width)
         if form != "sparse":
             _write_dense(part, form, encoder, *dense_layer(tensors, described, order))
         (part / PAGE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        (part / "README.md").write_text(_card(run, described, config, page["state"]["step"]), encoding="utf-8")
+        (part / "README.md").write_text(_card(run, described, config, page["state"]["step"], _scores(fitted, form)), encoding="utf-8")
         save_config(_portable(config), part / "config.yaml")
         seal_folder(part, (path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file()))
         os.replace(part, out)
@@ -192,7 +193,15 @@ def _portable(config: Config) -> Config:
     )
 
 
-def _card(run: Path, page: dict[str, Any], config: Config, step: int) -> str:
+def _scores(fitted: calibration.Calibration, form: str) -> str:
+    """What turns logits into scores: who runs the ONNX model must do it."""
+    told = (
+        "sigmoid(logit)" if fitted == calibration.Calibration() else "calibrated: sigmoid(scale * logit + offset), as in `calibration.json`"
+    )
+    return f"Scores are {told}{'; `model.onnx` gives logits' if form == 'onnx' else ''}."
+
+
+def _card(run: Path, page: dict[str, Any], config: Config, step: int, scores: str) -> str:
     """The model card, with the metrics of the evaluation after ``step``, where there was one."""
     try:
         scored = [event for event in read_events(run) if event["event"] == "eval" and event["step"] == step]
@@ -227,5 +236,6 @@ arXiv 2606.01117). Trained for {step:,} steps.
 
 The second needs torch, transformers, safetensors and pyarrow only. `model.json` and `output.safetensors` are the output layer,
 `encoder/` is a Hugging Face model{projected}, `labels.arrow` says which label a row is.
+{scores}
 `haste verify .` holds all against `checksums.json`.
 """

@@ -1,7 +1,7 @@
 """Ranks labels for texts with plain torch: python predict.py "a text" ... Needs torch, transformers, safetensors and pyarrow."""
 
 import json
-import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,7 +33,10 @@ def main(folder: Path, texts: list[str], k: int = 5) -> None:
     read = x[:, part["tail.index"].long()]  # (texts, groups, fan-in): what each group of labels reads
     tail = torch.einsum("ntf,tgf->ntg", read, part["tail.weight"]) + part.get("tail.bias", 0.0)
     logits = torch.cat([head, tail.flatten(1)], dim=1)[:, : page["labels"]]  # behind the labels is padding
-    scores, rows = logits.sigmoid().topk(min(k, page["labels"]))
+    best, rows = logits.topk(min(k, page["labels"]))
+    file = folder / "calibration.json"  # what haste evaluate --calibrate fitted, where it did; order is kept
+    fitted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"scale": 1.0, "offset": 0.0}
+    scores = (fitted["scale"] * best.double() + fitted["offset"]).sigmoid()
     names = pa.ipc.open_file(str(folder / "labels.arrow")).read_all()
     for i, text in enumerate(texts):
         print(text)
@@ -42,4 +45,10 @@ def main(folder: Path, texts: list[str], k: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(__file__).resolve().parent, sys.argv[1:])
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="a text to rank labels for; behind -- where it starts with a dash")
+    parser.add_argument("-k", type=int, default=5, metavar="K", help="labels a text (default 5)")
+    args = parser.parse_args()
+    if args.k < 1:
+        parser.error(f"argument -k: {args.k} is not at least 1")
+    main(Path(__file__).resolve().parent, args.texts, args.k)

@@ -82,12 +82,13 @@ def evaluate(args: Namespace) -> int:
 
 def predict(args: Namespace) -> int:
     settings = run_config(args.run, args.overrides)
-    from haste_dist.predict import Input, check_output, predict_all, print_predictions, read_inputs, write_predictions
-
     if args.input and args.output and (Path(args.input).is_dir() or Path(args.output).suffix not in (".jsonl", ".parquet")):
         from haste_launch.predict import predict_into
 
         return predict_into(settings, args.checkpoint, args.input, args.output, args.k)
+    _refuse_folder_words(args.overrides)
+    from haste_dist.predict import Input, check_output, predict_all, print_predictions, read_inputs, write_predictions
+
     if args.output:
         check_output(args.output, args.input)
     if args.text and not all(text.strip() for text in args.text):
@@ -98,12 +99,20 @@ def predict(args: Namespace) -> int:
 
     predictor = Predictor(args.run, args.checkpoint, settings.launch.device)
     files = predictor.files
-    predictions = predict_all(predictor.topk, chain([first], batches), files.names, args.k, files.calibration)
+    calibration = files.calibration if settings.predict.calibrated else None
+    predictions = predict_all(predictor.topk, chain([first], batches), files.names, args.k, calibration)
     if args.output:
         print(f"{args.output}: {write_predictions(predictions, args.output):,} texts")
     else:
         print_predictions(predictions)
     return 0
+
+
+def _refuse_folder_words(words: list[str]) -> None:
+    """Raises ConfigError for a word that the screen and a file would pass over: of these settings they know predict.calibrated alone."""
+    for word in words:
+        if word.startswith("predict.") and not word.startswith("predict.calibrated="):
+            raise ConfigError(f"{word}: is for output into a folder; leave it out, or give --input and --output FOLDER/")
 
 
 def serve(args: Namespace) -> int:

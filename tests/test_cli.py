@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shlex
 import signal
 import subprocess
@@ -10,12 +11,16 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from haste_dist import __version__
+from haste_dist.calibration import Calibration
 from haste_dist.config import Config, load_config, save_config
 from haste_dist.datasets import NAMES
 from haste_dist.errors import ConfigError, DataError, HasteError, Interrupted
+from haste_dist.predict import LabelNames
 from haste_launch import cli, commands
 
 HASTE = [sys.executable, "-m", "haste_launch.cli"]
@@ -176,6 +181,34 @@ def test_an_empty_text_is_refused_before_the_model_loads(tmp_path: Path, capsys:
     save_config(Config(), tmp_path / "config.yaml")
     assert cli.main(["predict", str(tmp_path), "--text", "words", "--text", " "]) == 2
     assert "a text is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["--text x", "--input {run}/x.txt", "--input {run}/x.txt --output {run}/y.jsonl"])
+@pytest.mark.parametrize("word", ["rows=100", "batch_size=8", "parts=2", "label_texts=false", "filter=pairs.txt"])
+def test_settings_for_a_folder_are_refused_elsewhere_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str, word: str
+) -> None:
+    save_config(Config(), tmp_path / "config.yaml")
+    assert cli.main(["predict", str(tmp_path), *shlex.split(where.format(run=tmp_path)), f"predict.{word}"]) == 2
+    error = capsys.readouterr().err
+    assert f"predict.{word.partition('=')[0]}=" in error
+    assert "is for output into a folder" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "score"), [([], 0.25), (["predict.calibrated=false"], 0.5)])
+def test_scores_to_the_screen_and_into_a_file_are_calibrated_by_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], score: float
+) -> None:
+    names = LabelNames(pa.table({"text": ["river"], "uid": ["a"]}))
+    files = Namespace(names=names, calibration=Calibration(1.0, math.log(1 / 3)))
+    model = Namespace(files=files, topk=lambda texts, k: (np.zeros((len(texts), 1), np.int64), np.zeros((len(texts), 1), np.float32)))
+    monkeypatch.setattr("haste_dist.predictor.Predictor", lambda *_: model)
+    save_config(Config(), tmp_path / "config.yaml")
+    assert cli.main(["predict", str(tmp_path), "--text", "x", *words]) == 0
+    assert f"{score:.3f}  river" in capsys.readouterr().out
+    assert cli.main(["predict", str(tmp_path), "--text", "x", "--output", str(tmp_path / "out.jsonl"), *words]) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["scores"] == [score]
 
 
 def test_a_run_is_read_with_its_own_page_and_from_where_it_lies_now(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from test_checkpoint import classifier
 from tiny import haste, make_prepared
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from haste_dist import calibration
 from haste_dist.checkpoint import rows_file
 from haste_dist.config import Config, LaunchConfig, load_config, save_config
 from haste_dist.dense import dense_layer
 from haste_dist.errors import CheckpointError, HasteError
 from haste_dist.export import _joined, export
-from haste_dist.predictor import Predictor
+from haste_dist.predictor import ModelFiles, Predictor
+from haste_dist.sealed import seal
 from haste_dist.tensor_file import write_tensors
 from haste_dist.train import train
 from haste_dist.verify import seal_run, verify
@@ -71,6 +73,44 @@ def test_an_exported_run_predicts_as_the_run_does(trained: Config, tmp_path: Pat
     card = (out / "README.md").read_text()
     assert "101 labels" in card
     assert "| P@1 | " in card
+
+
+@pytest.mark.parametrize("trained", TRAINED[:1], ids=["mean"], indirect=True)
+def test_predict_py_calibrates_as_the_package_does(trained: Config, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(trained.run.folder, run)
+    (run / calibration.FILE).write_bytes(seal({"checkpoint": ModelFiles(run, "last").version, "scale": 0.5, "offset": -1.25}))
+    export(run, out, "last", "onnx")
+    expected = Predictor(out, device="cpu").predict(TEXTS, 5)
+    plain = subprocess.run([sys.executable, str(out / "predict.py"), *TEXTS], capture_output=True, text=True, check=True)
+    lines = [line.split() for line in plain.stdout.splitlines() if line.startswith("  ")]
+    assert [int(line[1]) for line in lines] == [one.label for ranked in expected for one in ranked]
+    np.testing.assert_allclose([float(line[0]) for line in lines], [one.score for ranked in expected for one in ranked], atol=2e-6)
+    told = "Scores are calibrated: sigmoid(scale * logit + offset), as in `calibration.json`; `model.onnx` gives logits.\n"
+    assert told in (out / "README.md").read_text()
+    assert "calibrated" not in (export(trained.run.folder, tmp_path / "bare", "last") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("trained", TRAINED[:1], ids=["mean"], indirect=True)
+def test_predict_py_tells_options_from_texts(trained: Config, tmp_path: Path) -> None:
+    out = export(trained.run.folder, tmp_path / "out", "last")
+
+    def plain(*words: str) -> tuple[int, str, str]:
+        done = subprocess.run([sys.executable, str(out / "predict.py"), *words], capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    status, told, error = plain("-k", "3", *TEXTS[:2])
+    assert (status, error) == (0, "")
+    assert [line for line in told.splitlines() if not line.startswith("  ")] == TEXTS[:2]
+    assert len(told.splitlines()) == 2 * (1 + 3)
+    status, told, error = plain("--help")
+    assert (status, error) == (0, "")
+    assert told.startswith("usage: predict.py ")
+    for words, problem in (((), "required: TEXT"), (("-k", "0", "a text"), "-k: 0 is not at least 1"), (("-k", "3"), "required: TEXT")):
+        status, told, error = plain(*words)
+        assert (status, told) == (2, "")
+        assert error.startswith("usage: predict.py ")
+        assert problem in error
 
 
 def test_adapters_are_merged_into_what_they_adapt(tmp_path: Path) -> None:
