@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from haste_dist.errors import ConfigError
-from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, open_split, read_arrow, replacing, write_arrow
+from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, PREPARED, Manifest, open_split, read_arrow, replacing, write_arrow
 
 SPLIT = "label_texts"
 SOURCE = ".label_texts.arrow"  # what the pipeline of prepare reads the split from; removed when it is done
@@ -30,7 +30,7 @@ def write_source(folder: Path) -> int:
     """Writes every label text with its label as a table that prepare can read; returns how many there are. Raises ConfigError for none."""
     labels, count = read_arrow(folder / LABEL_TEXTS, LABEL_SCHEMA)["text"], 0
     fields = pa.schema([("uid", pa.string()), ("text", pa.string()), ("labels", pa.list_(pa.int32()))])
-    with replacing(folder / SOURCE) as file, pa.ipc.new_file(file, fields) as writer:
+    with replacing(folder / SOURCE, PREPARED) as file, pa.ipc.new_file(file, fields) as writer:
         for start in range(0, len(labels), ROWS_AT_ONCE):
             texts = labels.slice(start, ROWS_AT_ONCE).to_pylist()
             own = [i for i, text in enumerate(texts) if text]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from haste_dist.config import Config
 from haste_dist.errors import ConfigError, DataError
-from haste_dist.manifest import cannot_write, first_line
+from haste_dist.manifest import PREPARED, cannot_write, first_line
 from haste_dist.tensor_file import write_tensors
 
 BASIS_FILE = "label_basis.safetensors"
@@ -69,7 +69,7 @@ def write_basis(folder: Path, basis_DD: Tensor) -> None:
         write_tensors(part, {"basis": basis_DD.contiguous()})
         part.replace(path)
     except OSError as error:
-        raise cannot_write(path, error) from None
+        raise cannot_write(path, error, PREPARED) from None
 
 
 def read_basis(folder: Path) -> Tensor | None:

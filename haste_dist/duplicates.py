@@ -8,7 +8,7 @@ from types import TracebackType
 
 import numpy as np
 
-from haste_dist.manifest import cannot_write
+from haste_dist.manifest import PREPARED, cannot_write
 
 FILES = 64
 ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("row", "<u4")])
@@ -58,7 +58,7 @@ class UidLedger:
         try:
             yield
         except OSError as error:
-            raise cannot_write(self._folder, error) from None
+            raise cannot_write(self._folder, error, PREPARED) from None
 
     def __enter__(self) -> "UidLedger":
         return self

@@ -40,7 +40,7 @@ from haste_dist.config import Config
 from haste_dist.embedder import embedder_of
 from haste_dist.errors import DataError
 from haste_dist.held_out import dev_split
-from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, Manifest, read_arrow, replacing, write_arrow
+from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, PREPARED, Manifest, read_arrow, replacing, write_arrow
 from haste_dist.packing import pack
 from haste_dist.sharding import spread
 from haste_dist.world import all_devices
@@ -230,7 +230,7 @@ def make_label_order(
     if config.output.start == "centroids" or config.output.basis == "labels":
         vectors = made.vectors if made else embed()
     if config.output.start == "centroids":
-        with replacing(folder / VECTORS_FILE) as file:
+        with replacing(folder / VECTORS_FILE, PREPARED) as file:
             np.save(file, vectors, allow_pickle=False)
     if config.output.basis == "labels":
         span = slice(*config.output.tail_features) if config.output.tail_features else slice(None)
@@ -256,7 +256,7 @@ def write_order(
     """
     row = np.arange(order.rows)
     group = np.where(row < order.head_rows, -1, (row - order.head_rows) // order.group_size)
-    with replacing(folder / LABELS_FILE) as file, pa.ipc.new_file(file, ORDER_SCHEMA) as writer:
+    with replacing(folder / LABELS_FILE, PREPARED) as file, pa.ipc.new_file(file, ORDER_SCHEMA) as writer:
         for at, text in text_parts(texts, order.label_of_row):
             label, *others = (pa.array(column[at]) for column in (order.label_of_row, order.frequency_of_row, row, group))
             writer.write_batch(pa.RecordBatch.from_arrays([label, text, *others], schema=ORDER_SCHEMA))
@@ -276,7 +276,7 @@ def write_order(
         **cohesion_report(order, closeness),
         "fingerprint": order.fingerprint,
     }
-    with replacing(folder / GROUPS_FILE) as file:
+    with replacing(folder / GROUPS_FILE, PREPARED) as file:
         file.write((json.dumps(page, indent=1) + "\n").encode())
     return page
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from haste_dist.errors import DataError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 LABEL_TEXTS = "label_texts.arrow"
+PREPARED = "check data.prepared and its permissions"  # advice where a file of the prepared folder cannot be written
 
 SHARD_SCHEMA = pa.schema([("uid", pa.string()), ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 """A shard: token ids with the special tokens, cut to max_length; global label ids, ascending and distinct."""
@@ -108,7 +110,7 @@ def read_manifest(folder: str | Path, name: str = MANIFEST) -> Manifest:
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Publishes the manifest in one step: readers see the old one or the new one, never a part."""
-    with replacing(Path(folder) / MANIFEST) as file:
+    with replacing(Path(folder) / MANIFEST, PREPARED) as file:
         file.write((json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=False) + "\n").encode())
 
 
@@ -148,18 +150,18 @@ def read_arrow(path: Path, schema: pa.Schema) -> pa.Table:
 def write_arrow(path: Path, rows: pa.RecordBatch | pa.Table) -> None:
     """A record batch, or a table's chunks as one each, as an uncompressed Arrow IPC file, published in one step; nothing half-written
     stays. Raises DataError."""
-    with replacing(path) as file, pa.ipc.new_file(file, rows.schema) as writer:
+    with replacing(path, PREPARED) as file, pa.ipc.new_file(file, rows.schema) as writer:
         writer.write(rows)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """``atomic_file`` whose failures are DataErrors that name ``path`` and, where the disk is full, the free space."""
+def replacing(path: Path, advice: str = "") -> Iterator[BinaryIO]:
+    """``atomic_file`` whose failures are DataErrors as ``cannot_write`` makes them."""
     try:
         with atomic_file(path) as file:
             yield file
     except OSError as error:
-        raise cannot_write(path, error) from None
+        raise cannot_write(path, error, advice) from None
 
 
 @contextmanager
@@ -179,11 +181,23 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def cannot_write(path: Path, error: OSError) -> DataError:
-    """What to raise where a file cannot be written; a full disk is told with its free space."""
+def writable_folder(folder: Path, advice: str) -> None:
+    """Makes a folder where there is none. One that takes no file costs one line, and no work that could not be kept. Raises DataError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cannot_write(folder, error, advice) from None
+
+
+def cannot_write(path: Path, error: OSError, advice: str = "") -> DataError:
+    """What to raise where a file cannot be written; ``advice`` says what to do. A full disk is told with its free space."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DataError(f"{path}: cannot be written ({error.strerror or error}); check data.prepared and its permissions")
-    free = shutil.disk_usage(path.parent).free / 2**20
+        return DataError(
+            f"{path}: cannot be written ({error.strerror or error}); {advice or 'check its permissions or choose another place'}"
+        )
+    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free / 2**20
     return DataError(
         f"{path}: {(error.strerror or 'no space left').lower()} while writing ({free:.1f} MiB free on that disk); "
         "free some space and run the command again, it goes on from the files that are finished"

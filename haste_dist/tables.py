@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from haste_dist.manifest import FILTER_SCHEMA, LABEL_SCHEMA, LABEL_TEXTS, Manifest, Shard, Split, replacing, write_arrow
+from haste_dist.manifest import FILTER_SCHEMA, LABEL_SCHEMA, LABEL_TEXTS, PREPARED, Manifest, Shard, Split, replacing, write_arrow
 from haste_dist.rows import Problem
 from haste_dist.sources import Source, read_filter, read_labels
 
@@ -68,7 +68,7 @@ class Tally:
 def write_label_texts(folder: Path, source: Source, frequency: np.ndarray) -> tuple[int, list[Problem]]:
     """Writes label_texts.arrow; returns how many labels have no text, and the bad lines (whose labels have none)."""
     without_text, problems = 0, []
-    with replacing(folder / LABEL_TEXTS) as file, pa.ipc.new_file(file, LABEL_SCHEMA) as writer:
+    with replacing(folder / LABEL_TEXTS, PREPARED) as file, pa.ipc.new_file(file, LABEL_SCHEMA) as writer:
         rows = _label_rows(source, len(frequency))
         for start in range(0, len(frequency), LABELS_AT_ONCE):
             counts = frequency[start : start + LABELS_AT_ONCE]
@@ -115,7 +115,7 @@ def write_filter(folder: Path, source: Source, split: str, manifest: Manifest, d
 def write_quarantine(folder: Path, problems: Iterable[Problem]) -> dict[str, int]:
     """Writes quarantine.jsonl, a line a problem (file, line, reason, detail), and returns the count of each reason."""
     counts: dict[str, int] = {}
-    with replacing(folder / QUARANTINE) as file:
+    with replacing(folder / QUARANTINE, PREPARED) as file:
         for problem in problems:
             page = {"file": problem.file, "line": problem.line, "reason": problem.reason, "detail": problem.detail}
             file.write((json.dumps(page, ensure_ascii=False) + "\n").encode())

@@ -114,8 +114,10 @@ def read_study_page(file: str | Path) -> Study:
     """Raises ConfigError, in one line, for a page that is no study."""
     try:
         page = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such study page; give the path of a YAML file with config and cases") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: {first_line(error)}") from None
+        raise ConfigError(f"{file}: {getattr(error, 'strerror', None) or first_line(error)}") from None
     if not isinstance(page, dict) or set(page) - set(NAMES) or not {"config", "cases"} <= set(page):
         raise ConfigError(f"{file}: a study has config and cases, and may have {', '.join(NAMES[1:-1])}")
     cases, seeds, split = page["cases"], page.get("seeds", [0]), page.get("split", "test")

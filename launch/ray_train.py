@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from haste_dist.config import Config, check
 from haste_dist.errors import ConfigError, Interrupted
-from haste_dist.manifest import read_manifest
+from haste_dist.manifest import read_manifest, writable_folder
 from haste_dist.mirror import local_copy
 from haste_dist.sharding import label_parts
 from haste_dist.storage import whole_address
@@ -86,6 +86,8 @@ def evaluate(config: Config, checkpoint: str, predictions: str | None = None) ->
     if predictions is not None:
         config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, ranks=1))
         predictions = os.path.abspath(predictions)
+    result = f"evaluate-{config.evaluate.split}.json"
+    writable_folder(Path(config.run.folder), f"{result} is written there: check its permissions or evaluate a copy")
     with ray_session(config):
         asked_by = run_ranks(config, "evaluate", {"checkpoint": checkpoint, "predictions": predictions})
     if asked_by == signal.SIGINT:
@@ -103,7 +105,7 @@ def run_ranks(config: Config, task: str, arguments: dict[str, Any]) -> int:
 
     ranks, on_gpu = count_ranks(config, ray.cluster_resources())
     run = Path(config.run.folder)
-    run.mkdir(parents=True, exist_ok=True)
+    writable_folder(run, "choose another run.folder")
     stop = run / STOP_FILE
     stop.unlink(missing_ok=True)
     with stop_signals(stop) as asked, Progress(run, task) as progress:

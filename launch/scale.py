@@ -21,6 +21,7 @@ from rich.table import Table
 from haste_dist.config import Config
 from haste_dist.cost_model import FEWEST, FILE, CostModel, Load, Network, fit, kept_path, load_of_row
 from haste_dist.errors import ConfigError, Interrupted, OutOfMemory
+from haste_dist.manifest import writable_folder
 from haste_dist.measure import Effort, device_name
 from haste_dist.records import stamp
 from haste_dist.study import Efficiency, Point, Row, add_row, layer_ms, measured, missing, read_study, strong_scaling, weak_scaling
@@ -41,6 +42,7 @@ def scale(config: Config, words: Words) -> int:
     config = study_config(config, words)
     law, folder = law_of(words), Path(config.run.folder)
     rows = read_study(folder)  # a damaged study is told before ranks start
+    writable_folder(folder, "choose another --out")
     with ray_session(config):
         import ray
 

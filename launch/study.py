@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from haste_dist.errors import ConfigError, DataError, HasteError, Interrupted
+from haste_dist.manifest import writable_folder
 from haste_dist.runlog import read_events
 from haste_dist.trial_records import append_trials
 from haste_dist.trials import Study, Trial, read_result, read_study_page, run_trial, trials_of, with_label_order, write_results
@@ -44,7 +45,9 @@ def study(page: str, out: Path, overrides: list[str], side_by_side: int, plot: b
     console = Console(highlight=False, soft_wrap=True)
     trials: list[Trial] = []
     embeddings: dict[str, Any] = {}  # texts are embedded once for all label orders that are made now
-    for trial in trials_of(wanted, out, overrides):
+    asked = trials_of(wanted, out, overrides)
+    writable_folder(out, "choose another --out")
+    for trial in asked:
         trials.append(dataclasses.replace(trial, config=with_label_order(trial.config, out, wanted.seeds[0], embeddings)))
     missing = [trial for trial in trials if read_result(trial) is None]
     needed = [*(member for trial in missing for member in trial.members), *(trials if wanted.keep_weights else [])]

@@ -14,6 +14,7 @@ from typing import Any
 
 from haste_dist.config import Config, load_config
 from haste_dist.errors import HasteError, Interrupted
+from haste_dist.manifest import writable_folder
 from haste_dist.runlog import read_events
 from haste_launch.ray_session import ray_session
 from haste_launch.ray_train import absolute_paths, run_ranks
@@ -46,7 +47,7 @@ def sweep(args: Namespace) -> int:
     for one in varied:  # names and values fail here, before anything starts
         for value in one.words or (int(one.low), int(one.high)) if one.whole else one.words or (one.low, one.high):
             load_config(args.config, [*args.overrides, one.word(value)])
-    out.mkdir(parents=True, exist_ok=True)
+    writable_folder(out, "choose another --out")
     same_sweep(out, varied)
     total = args.trials or combinations(varied) or TRIALS
     trials = read_trials(out / STATE)

@@ -1,5 +1,6 @@
 """Starting ranks: Ray and torchrun run the same loop, Ctrl-C saves and leaves nobody behind, a rank's error is one line."""
 
+import contextlib
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ from ray_nodes import SECONDS, alive_with, wait_for
 from tiny import FULL, make_prepared, read_losses
 
 from haste_dist.config import Config, save_config
-from haste_dist.errors import ConfigError, HasteError, OutOfMemory
+from haste_dist.errors import ConfigError, DataError, HasteError, OutOfMemory
 from haste_dist.runlog import read_events
 from haste_launch import cli
 from haste_launch.ray_session import ray_session
@@ -249,6 +250,24 @@ def test_a_run_that_would_fill_its_gpus_is_refused_before_ranks_start(config: Co
     config.launch.label_parallel = 3
     with pytest.raises(ConfigError, match="label_parallel=3 does not divide the 2 ranks"):
         check_memory(config, open_prepared(config))
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_file_in_the_way_of_a_run_is_told_in_one_line(
+    config: Config, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from haste_launch import ray_train
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2})
+    monkeypatch.setattr(ray_train, "ray_session", lambda *_: contextlib.nullcontext())
+    (tmp_path / "file").touch()
+    config.run.folder, config.launch.device = str(tmp_path / folder), "cpu"
+    with pytest.raises(DataError, match=f"^{tmp_path / folder}: cannot be written .*; choose another run.folder$"):
+        ray_train.train(config)
+    with pytest.raises(DataError, match=f"^{tmp_path / folder}: cannot be written .*; evaluate-test.json is written there: .* a copy$"):
+        ray_train.evaluate(config, "last")
 
 
 def test_a_command_that_joined_a_cluster_waits_for_none_of_its_servers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,9 @@ def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").mkdir()
     with pytest.raises(DataError, match=r"file: cannot be written \(Is a directory\); check data.prepared"):
         write_arrow(tmp_path / "file", batch(0, 1))
+    other = pytest.raises(DataError, match=r"file: cannot be written \(Is a directory\); check its permissions or choose")
+    with other, replacing(tmp_path / "file"):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -76,6 +76,13 @@ def test_wrong_words_are_told_in_one_line(line: str, says: str, capsys: pytest.C
     assert said.count("\n") == 1
 
 
+def test_a_study_with_a_file_in_its_way_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(["scale", "bert-base", "--ranks", "1", "--labels", "1k", "--out", str(tmp_path / "file/out")]) == 2
+    said = capsys.readouterr().err
+    assert said == f"haste: error: {tmp_path / 'file/out'}: cannot be written (Not a directory); choose another --out\n"
+
+
 @pytest.mark.parametrize(("word", "value"), [("10", 10), ("10k", 10_000), ("2.5M", 2_500_000), ("1B", 10**9), ("1e6", 10**6)])
 def test_numbers_read_as_people_write_them(word: str, value: int) -> None:
     assert number(word) == value

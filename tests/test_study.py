@@ -68,6 +68,13 @@ def test_a_page_that_is_no_study_is_told_in_one_line(text: str, says: str, tmp_p
     assert str(told.value).count("\n") == 0
 
 
+@pytest.mark.parametrize(("name", "says"), [("missing.yaml", "^missing.yaml: no such study page; "), (".", r"^\.: Is a directory$")])
+def test_a_page_that_cannot_be_read_is_told_in_words(name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=says):
+        read_study_page(name)
+
+
 def test_the_dev_split_needs_a_fraction_and_the_test_split_none(tmp_path: Path) -> None:
     study = read_study_page(page(tmp_path, "config: demo\ncases: {a: []}\nsplit: dev"))
     with pytest.raises(ConfigError, match="dev needs one above 0"):

@@ -6,9 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from tiny import make_prepared
 
 from haste_dist.classifier import embedding_width, feature_slice
-from haste_dist.config import check_fan_in, load_config
+from haste_dist.config import check_fan_in, load_config, save_config
 from haste_dist.trials import read_study_page, settings_of, trials_of
 from haste_launch import cli
 
@@ -55,3 +56,16 @@ def test_a_shipped_recipe_is_the_one_that_was_measured(page: str, case: str, nam
     measured = next(trial for trial in trials_of(study, Path("study"), []) if trial.case == case)
     shipped = dataclasses.replace(measured, config=load_config(name, ["train.evaluate_every=0"]))
     assert settings_of(measured) == settings_of(shipped)
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_study_with_a_file_in_its_way_is_told_in_one_line(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_config(make_prepared(tmp_path), tmp_path / "c.yaml")
+    (tmp_path / "study.yaml").write_text(f"config: {tmp_path}/c.yaml\ncases: {{a: [], b: [groups.method=random]}}\n")
+    (tmp_path / "file").touch()
+    assert cli.main(["study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / out)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"haste: error: {tmp_path / out}: cannot be written (")
+    assert said.err.endswith("; choose another --out\n")
+    assert said.err.count("\n") == 1

@@ -9,7 +9,7 @@ import pytest
 from tiny import make_prepared
 
 from haste_dist.config import Config, save_config
-from haste_dist.errors import ConfigError, HasteError, Interrupted
+from haste_dist.errors import ConfigError, DataError, HasteError, Interrupted
 from haste_dist.runlog import RunLog
 from haste_launch import cli
 from haste_launch import sweep as module
@@ -145,6 +145,14 @@ def test_a_sweep_that_only_fails_ends(args: Namespace, monkeypatch: pytest.Monke
         sweep(args)
     args.vary = ["output.lrr=1,2"]
     with pytest.raises(ConfigError, match="unknown setting"):
+        sweep(args)
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_sweep_with_a_file_in_its_way_is_told_in_one_line(args: Namespace, out: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    args.out = str(tmp_path / out)
+    with pytest.raises(DataError, match=f"^{args.out}: cannot be written .*; choose another --out$"):
         sweep(args)
 
 
