@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from haste_dist.classifier import KERNELS, Classifier, check_slice, embedding_width, feature_slice
-from haste_dist.config import ENCODER_FOLDER, Config, check_fan_in, save_config
+from haste_dist.config import ENCODER_FOLDER, Config, check_fan_in, load_config, save_config
 from haste_dist.encoder import Encoder, build_encoder, load_tokenizer, model_config, tokenizer_fingerprint
 from haste_dist.engine import EncoderEngine
-from haste_dist.errors import ConfigError, DataError
+from haste_dist.errors import ConfigError, DataError, HasteError
 from haste_dist.label_groups import LabelOrder, copy_order, head_size, load_label_order
 from haste_dist.manifest import Manifest, read_manifest
 from haste_dist.mirror import local_copy
@@ -23,6 +23,10 @@ from haste_dist.sealed import CHECKSUMS
 from haste_dist.sharding import label_shard
 from haste_dist.verify import CONFIG, seal_run
 from haste_dist.world import World
+
+LASTING = ("data", "encoder", "output", "rewire", "train")  # parts of a page that a run's weights come from
+PASSING = {"data": "prepared source workers", "encoder": "name tokenizer", "output": "start bias_init", "train": "max_steps profile"}
+"""Settings in them that may be others each time: where files lie, how it began, how long this call goes on."""
 
 
 @dataclass
@@ -117,6 +121,21 @@ def save_run_files(run: Path, config: Config, encoder: Encoder, prepared: Path) 
         if path.is_file() and not (place.is_file() and filecmp.cmp(path, place, shallow=False)):
             os.replace(path, place)
     shutil.rmtree(made)
+
+
+def changed_settings(run: Path, config: Config) -> list[str]:
+    """What ``config`` sets otherwise than the page that the run folder holds, of what can change its weights or its schedule."""
+    try:
+        before = dataclasses.asdict(load_config(run / CONFIG))
+    except HasteError:  # of another version, or none
+        return []
+    now = dataclasses.asdict(config)
+    return [
+        f"{part}.{name}={value} (was {before[part][name]})"
+        for part in LASTING
+        for name, value in now[part].items()
+        if value != before[part][name] and name not in PASSING.get(part, "").split()
+    ]
 
 
 def frozen_engine(config: Config, encoder: Encoder, world: World) -> EncoderEngine:

@@ -27,7 +27,7 @@ from haste_dist.guards import Guard, LossSpikes, dead_groups
 from haste_dist.held_out import trained_split
 from haste_dist.loader import Batch, BatchMaker, open_texts
 from haste_dist.meters import StepTimer, encoder_work, peak_memory, stage, tail_traffic
-from haste_dist.model import make_classifier, make_encoder, prior_bias, save_run_files
+from haste_dist.model import changed_settings, make_classifier, make_encoder, prior_bias, save_run_files
 from haste_dist.preflight import check_run, restore
 from haste_dist.profiling import StepProfile
 from haste_dist.readers import training_batches
@@ -95,6 +95,7 @@ class Training:
                 self.state = checkpoint.load(start, self.engine, self.classifier, prepared.order.fingerprint)
         elif config.output.start == "centroids":
             start_from_centroids(self.classifier, prepared)
+        changed = changed_settings(run, config) if start is not None and world.is_first else []
         if world.is_first:  # now that all fits: a run that is refused stays as it was
             save_run_files(run, config, encoder, prepared.folder)
         barrier(world)
@@ -102,7 +103,7 @@ class Training:
         with same_error(world):
             trackers = open_trackers(config, self.state.step) if world.is_first else []
         self.log = log = RunLog(run, enabled=world.is_first, trackers=trackers)
-        self._log_start(len(texts))
+        self._log_start(len(texts), changed)
         self.vote = StopVote(world)
         self.timer = StepTimer(self.pace.texts, world, work, self.engine.dtype, tail_traffic(self.classifier.tail))
         self.profile = StepProfile(config.train.profile, run, world, self.log)
@@ -209,7 +210,7 @@ class Training:
         taken = time.perf_counter() - began  # ``replaced`` was asked of the device, so it is done
         self.log.event("rewire", step=step, replaced=done.replaced, connections=done.connections, seconds=taken, **of)
 
-    def _log_start(self, texts: int) -> None:
+    def _log_start(self, texts: int, changed: list[str]) -> None:
         self.log.event(
             "start",
             step=self.state.step,
@@ -221,6 +222,7 @@ class Training:
             labels=self.prepared.order.labels,
             texts=texts,
             output_bytes=self.classifier.bytes(),
+            changed=changed,
         )
 
     def _log_step(self, loss: Tensor, rates: dict[str, float]) -> None:

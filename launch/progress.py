@@ -69,6 +69,8 @@ class Progress:
         where = f"{event['ranks']} rank{'s' if event['ranks'] > 1 else ''} on {event['device'].split(':')[0]}"
         resumed = f", resumed at step {event['step']:,}" if event["step"] else ""
         self._say(f"training on {event['texts']:,} texts, {event['labels']:,} labels, {self._steps:,} steps, {where}{resumed}")
+        if event.get("changed"):
+            self._say(f"goes on with other settings than before: {', '.join(event['changed'])}")
 
     def _on_step(self, event: dict[str, Any]) -> None:
         loss = "-" if event["loss"] is None else f"{event['loss']:.4g}"

@@ -1,6 +1,7 @@
 """The whole loop on gloo ranks: the number of ranks changes nothing, a resumed run goes on exactly, stopping is agreed."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from haste_dist.runlog import read_events
 from haste_dist.scoring import evaluate_run
 from haste_dist.train import train
 from haste_dist.world import World, join_world
+from haste_launch.progress import Progress
 
 STEPS = 30
 
@@ -252,3 +254,19 @@ def test_a_refused_command_leaves_a_run_as_it_was(tmp_path: Path) -> None:
         assert held() == before
     with pytest.raises(CheckpointError, match="another label order"):
         check_run(other)  # before ranks start
+
+
+def test_a_run_that_goes_on_with_other_settings_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_prepared(tmp_path, overrides=["train.max_steps=3"])
+    for words in ({}, {"batch_size": 8}, {}):
+        config.train.max_steps += 1
+        train(dataclasses.replace(config, train=dataclasses.replace(config.train, **words)), join_world("cpu"))
+    was = config.train.batch_size
+    told = [event["changed"] for event in read_events(config.run.folder) if event["event"] == "start"]
+    assert told == [[], [f"train.batch_size=8 (was {was})"], [f"train.batch_size={was} (was 8)"]]
+    events = Path(config.run.folder) / "metrics.jsonl"
+    written = events.read_bytes()
+    events.write_bytes(b"")
+    with Progress(Path(config.run.folder), "train"):
+        events.write_bytes(written)
+    assert f"goes on with other settings than before: train.batch_size={was} (was 8)" in " ".join(capsys.readouterr().err.split())
