@@ -111,6 +111,11 @@ def _check_settings(config: Config) -> None:
         raise ConfigError(f"data.prepared={data.prepared} holds raw texts; choose another folder for the prepared data")
     if data.rows_per_shard * data.max_length >= 2**31:
         raise ConfigError(f"data.rows_per_shard={data.rows_per_shard}: times data.max_length it must stay below 2^31 tokens; lower it")
+    read = config.groups.method == "semantic" or config.output.start == "centroids" or config.output.basis == "labels"
+    if read and config.groups.features == "encoder":
+        from haste_dist.text_embedders import encoder_source  # transformers: slow to import
+
+        encoder_source(config)
 
 
 def _describe(file: Location) -> dict[str, Any]:

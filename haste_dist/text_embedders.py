@@ -92,7 +92,11 @@ def encoder_source(config: Config) -> EncoderSource:
         best = checkpoint.resolve(run / checkpoint.CHECKPOINTS, "best")
         return EncoderSource(encoder_settings_of(load_config(run / "config.yaml"), run), best)
     if (name or config.encoder.name) == "scratch":
-        raise ConfigError("groups.features=encoder: a scratch encoder has learnt nothing to compare labels by; set groups.features=tfidf")
+        more = ", output.start=random, output.basis=embedding"
+        asked = more if config.output.start == "centroids" or config.output.basis == "labels" else ""
+        raise ConfigError(
+            f"groups.features=encoder: a scratch encoder has learnt nothing to compare labels by; set groups.features=tfidf{asked}"
+        )
     if not name:
         return EncoderSource(dataclasses.replace(config.encoder, project=0))  # a projection has learnt nothing yet
     settings = dataclasses.replace(config.encoder, name=name, tokenizer="", layers=0, project=0)

@@ -297,6 +297,16 @@ def test_settings_that_cannot_be_used(tmp_path: Path, configure: Configure) -> N
     assert contents(tmp_path / "raw") == before
     with pytest.raises(ConfigError, match=r"data.rows_per_shard=\d+: times data.max_length it must stay below 2\^31"):
         prepare(configure("data.rows_per_shard=16777216", "data.max_length=128"))
+
+
+def test_a_scratch_encoder_that_is_to_compare_labels_is_told_before_anything_is_written(configure: Configure, tmp_path: Path) -> None:
+    for words, more in ((["groups.method=semantic"], "$"), (["output.start=centroids"], ", output.start=random, output.basis=embedding$")):
+        config = configure("groups.features=encoder", *words)
+        with pytest.raises(
+            ConfigError, match=f"a scratch encoder has learnt nothing to compare labels by; set groups.features=tfidf{more}"
+        ):
+            prepare(config)
+        assert not Path(config.data.prepared).exists()
     with pytest.raises(DataError, match=r"source: no such folder"):
         prepare(configure())
 
