@@ -60,6 +60,8 @@ def prepare(config: Config, order: Callable[[Config, Path, Manifest], None] | No
 
     data = config.data
     _check_settings(config)
+    if order is None:  # a caller's own may embed by an encoder that has been trained
+        _check_embedding(config)
     source = find_source(data)
     folder = whole_address(data.prepared)
     work = copy_folder(folder)
@@ -111,8 +113,12 @@ def _check_settings(config: Config) -> None:
         raise ConfigError(f"data.prepared={data.prepared} holds raw texts; choose another folder for the prepared data")
     if data.rows_per_shard * data.max_length >= 2**31:
         raise ConfigError(f"data.rows_per_shard={data.rows_per_shard}: times data.max_length it must stay below 2^31 tokens; lower it")
-    read = config.groups.method == "semantic" or config.output.start == "centroids" or config.output.basis == "labels"
-    if read and config.groups.features == "encoder":
+
+
+def _check_embedding(config: Config) -> None:
+    """The encoder must be one that can compare labels where the label order will ask that of it."""
+    asked = config.groups.method == "semantic" or config.output.start == "centroids" or config.output.basis == "labels"
+    if asked and config.groups.features == "encoder":
         from haste_dist.text_embedders import encoder_source  # transformers: slow to import
 
         encoder_source(config)
