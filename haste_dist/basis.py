@@ -2,9 +2,8 @@
 
 A pretrained encoder spreads what it knows evenly over its features, so a group that reads F of D of them sees little more than F/D of what
 tells its labels apart. Turned to the principal directions of the label embeddings, few features hold most of it, and F can be smaller. The
-basis is made by prepare, is never trained, and stays with the label order; in half precision, in which it
-is orthogonal to 1e-4 (768 features; bfloat16 would leave 7e-4). Dropout comes before it: a mask then hides features that are
-all alike, as it does without a basis.
+basis is made by prepare, is never trained, and stays with the label order; in half precision, in which it is orthogonal to 1e-4 (768
+features; bfloat16 would leave 7e-4). Dropout comes before it: a mask then hides features that are all alike, as it does without a basis.
 
 Letters: L labels, D features of the embedding that the tail reads.
 """
