@@ -109,7 +109,10 @@ class EncoderConfig:
     graphs: bool = setting(
         True, "GPU: replay the passes of small batches as CUDA graphs (BERT-like models; not with compile or checkpointing)"
     )
-    compile: bool = setting(False, "torch.compile of the encoder's blocks: faster where they are large, half a minute at the start")
+    fused: bool = setting(
+        True, "GPU, bfloat16: own kernels for attention of texts of up to 128 tokens, GELU, dropout and norms, in layers of BERT's kind"
+    )
+    compile: bool = setting(False, "torch.compile of the encoder's blocks that are not fused: half a minute at the start")
     lora_rank: int = setting(
         0, "train adapters of this rank in all linear layers instead of the weights (0: no; needs peft)", low=0, high=1024
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from haste_dist.config import EncoderConfig
-from haste_dist.encoder import build_encoder
+from haste_dist.encoder import build_encoder, fuse_blocks
 from haste_dist.graphs import can_replay
 from haste_dist.live_bytes import LiveBytes
 from haste_dist.meters import EncoderWork, encoder_work
@@ -49,10 +49,12 @@ class EncoderNeeds:
 
 
 @functools.lru_cache(maxsize=64)
-def _dry_run(key: tuple[Any, ...], vocabulary: int, pad_id: int, rows: int, tokens: int, dtype: torch.dtype) -> EncoderNeeds:
+def _dry_run(key: tuple[Any, ...], vocabulary: int, pad_id: int, rows: int, tokens: int, dtype: torch.dtype, cuda: bool) -> EncoderNeeds:
     config = EncoderConfig(**dict(key))
     with torch.device("meta"):
         encoder = build_encoder(config, vocabulary, pad_id, tokens, pretrained=False).to(dtype)
+        if cuda and config.fused and dtype == torch.bfloat16:
+            fuse_blocks(encoder)
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
         mask = torch.ones(rows, tokens, dtype=torch.int64)
         if config.frozen:
@@ -76,9 +78,11 @@ def _dry_run(key: tuple[Any, ...], vocabulary: int, pad_id: int, rows: int, toke
     return EncoderNeeds(total, sum(trained), encoder.width, forward, kept, backward, scoring, work, rows, dtype.itemsize, replays)
 
 
-def dry_run(config: EncoderConfig, vocabulary: int, pad_id: int, rows: int, tokens: int, dtype: torch.dtype) -> EncoderNeeds:
+def dry_run(
+    config: EncoderConfig, vocabulary: int, pad_id: int, rows: int, tokens: int, dtype: torch.dtype, cuda: bool = True
+) -> EncoderNeeds:
     """An encoder stepped on ``rows`` texts of ``tokens`` tokens, its weights in ``dtype``. Raises ConfigError."""
-    return _dry_run(tuple(vars(config).items()), vocabulary, pad_id, rows, tokens, dtype)
+    return _dry_run(tuple(vars(config).items()), vocabulary, pad_id, rows, tokens, dtype, cuda)
 
 
 class _Attention(torch.autograd.Function):

@@ -20,7 +20,9 @@ from transformers.utils import is_flash_attn_2_available
 
 from haste_dist.config import EncoderConfig
 from haste_dist.errors import ConfigError
+from haste_dist.fused_layers import fuse_layers, is_fused
 from haste_dist.imports import no_collection
+from haste_kernels.encoder_ops import has_kernels
 
 # transformers loads DeepSpeed where that is installed, which then tells stdout what accelerator it found; haste's answers go there.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -197,8 +199,13 @@ def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_lengt
     return Encoder(model, config.pooling, config.normalize, config.attention == "cudnn", config.project)
 
 
+def fuse_blocks(encoder: Encoder) -> bool:
+    """Gives blocks the kernels that there are for their kind, on a GPU with Triton and on the meta device. Whether any has them now."""
+    return encoder.whole_mask and has_kernels(next(encoder.parameters())) and fuse_layers(encoder.model) > 0
+
+
 def compile_blocks(encoder: Encoder) -> None:
-    """Each block by torch.compile. Blocks of one kind share what is compiled, which takes seconds where the whole model takes minutes.
+    """Each block that is not fused by torch.compile. Those of one kind share what is compiled: seconds where the whole model takes minutes.
 
     On a GPU (where parameters must be by now) dropout stays PyTorch's own kernel, and its masks those of a run that is not compiled. Fused
     code calls the generator for each number and throws three quarters of the answer away, which costs more than one more pass over the
@@ -207,7 +214,7 @@ def compile_blocks(encoder: Encoder) -> None:
     on_gpu = next(encoder.parameters()).is_cuda
     lists = [part for part in encoder.modules() if isinstance(part, nn.ModuleList) and len(part)]
     blocks = max(lists, key=lambda part: sum(p.numel() for p in part.parameters()), default=[encoder])
-    for block in blocks:
+    for block in (one for one in blocks if not is_fused(one)):
         block.compile(options={"fallback_random": True} if on_gpu else None)
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from haste_dist.config import EncoderConfig
-from haste_dist.encoder import Encoder, compile_blocks
+from haste_dist.encoder import Encoder, compile_blocks, fuse_blocks
 from haste_dist.errors import CheckpointError
 from haste_dist.flat import ClippedAdamW, FlatModule
 from haste_dist.graphs import GraphedModule, can_replay
@@ -35,6 +35,8 @@ class EncoderEngine:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every batch shape: milliseconds a call on the host
         # All of it: transformers hands pretrained models out in eval mode, and ``forward`` looks at the outermost flag alone.
         self.module = encoder.to(world.device).train()
+        if config.fused and self.dtype == torch.bfloat16:
+            fuse_blocks(encoder)
         if config.compile:
             compile_blocks(encoder)
         self.width = encoder.width

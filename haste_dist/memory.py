@@ -88,7 +88,7 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     precision = config.encoder.precision if config.encoder.precision != "auto" else ("bfloat16" if cuda else "float32")
     x_dtype: torch.dtype = getattr(torch, precision)
     s = config.data.max_length
-    needs = known.of_rows(a) if known else dry_run(config.encoder, facts.vocabulary, facts.pad_id, a, s, x_dtype)
+    needs = known.of_rows(a) if known else dry_run(config.encoder, facts.vocabulary, facts.pad_id, a, s, x_dtype, cuda)
     d, x_bytes = needs.width, x_dtype.itemsize
     head_width, tail_width = feature_slice(output.head_features, d).width, feature_slice(output.tail_features, d).width
     turned = output.basis == "labels"

@@ -19,11 +19,15 @@ class FusedAttention(MPNetSelfAttention):  # type: ignore[misc]
     """``position_bias`` (B or 1, H, S, S) is all that is added to the scores, what hides padding as well."""
 
     def forward(self, hidden_states: Tensor, attention_mask: None = None, position_bias: Tensor | None = None, **_: Any) -> tuple[Tensor]:
+        return (self.o(self.context(hidden_states, position_bias)),)
+
+    def context(self, hidden_states: Tensor, position_bias: Tensor | None) -> Tensor:
+        """(B, S, H d): what the last product of attention takes."""
         heads = (self.num_attention_heads, self.attention_head_size)
         q, k, v = (part(hidden_states).unflatten(-1, heads).transpose(1, 2) for part in (self.q, self.k, self.v))
         dropout = self.dropout.p if self.training else 0.0
         c_BHSd = F.scaled_dot_product_attention(q, k, v, attn_mask=position_bias, dropout_p=dropout)
-        return (self.o(c_BHSd.transpose(1, 2).flatten(2)),)
+        return c_BHSd.transpose(1, 2).flatten(2)
 
 
 class FusedEncoder(MPNetEncoder):  # type: ignore[misc]

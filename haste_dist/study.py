@@ -60,6 +60,7 @@ class Point:
             "frozen": encoder.frozen,
             "checkpointing": encoder.checkpointing,
             "compiled": encoder.compile,
+            "fused": encoder.fused,
             "graphs": encoder.graphs,
             "zero": encoder.zero,
             "precision": encoder.precision,
@@ -75,7 +76,7 @@ class Point:
 _INTS = ("labels", "ranks", "batch", "fan_in", "group", "head_rows", "tokens", "encoder_width", "encoder_layers", "zero")
 _FLOATS = ("exponent", "shift", "positives")
 _TEXTS = ("encoder", "precision", "attention", "weight_dtype", "momentum_dtype", "loss")
-_BOOLS = ("frozen", "checkpointing", "compiled", "graphs", "bias")
+_BOOLS = ("frozen", "checkpointing", "compiled", "fused", "graphs", "bias")
 KEYS = (*_INTS, *_FLOATS, *_TEXTS, *_BOOLS, "device")
 # What is measured, or known only when the encoder stands; null in a row whose ``note`` says why nothing was measured.
 _COUNTS = ("width", "head_width", "tail_width", "encoder_parameters", "gpus_a_host", "steps")

@@ -26,6 +26,7 @@ WEIGHT: Final = 0
 MOMENTUM: Final = 1
 FEATURES: Final = 2
 REGROW: Final = 3
+DROPOUT: Final = 4
 
 FLOAT8: Final = torch.float8_e4m3fn
 ROUNDED: Final = (torch.bfloat16, FLOAT8)  # what is stored rounded at random
@@ -61,16 +62,20 @@ def random_words(seed: int, step: int, rows: Tensor, blocks: int, stream: int) -
     return torch.stack([word.expand(len(rows), blocks) for word in words], dim=-1)
 
 
+def random_halves(seed: int, step: int, rows: Tensor, columns: int, stream: int) -> Tensor:
+    """(R,) int64 global rows to (R, C) int32, each 16 random bits."""
+    words = random_words(seed, step, rows, -(-columns // 8), stream)
+    halves = words.to(torch.int32).view(torch.int16).flatten(1)[:, :columns]  # little-endian: low half first
+    return halves.to(torch.int32) & 0xFFFF
+
+
 def stochastic_round(values: Tensor, seed: int, step: int, rows: Tensor, stream: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Rounds (R, C) float32 ``values`` to bfloat16 or float8, up or down with a probability that makes the mean exact.
 
     ``rows`` (R,) int64: the global row of each. 16 random bits are added below the kept ones and the sum is cut: a value that
     the type holds stays as it is, as do infinity and NaN. Of float8, which has no infinity, that is NaN, and values over 448 are 448.
     """
-    columns = values.shape[1]
-    words = random_words(seed, step, rows, -(-columns // 8), stream)
-    halves = words.to(torch.int32).view(torch.int16).flatten(1)[:, :columns]  # little-endian: low half first
-    halves = halves.to(torch.int32) & 0xFFFF
+    halves = random_halves(seed, step, rows, values.shape[1], stream)
     if dtype == FLOAT8:
         return _cut_to_float8(values.contiguous(), halves)
     bits = halves.add_(values.contiguous().view(torch.int32))

@@ -8,7 +8,8 @@ not compile.
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from haste_kernels import tuning
+from haste_kernels import triton_attention, triton_gelu, triton_norm, tuning
 from haste_launch.bench_case import BACKWARD, FORWARD, HEAD, TAIL, TOPK, Case
 from haste_launch.bench_tune import META, tunables
 
@@ -48,6 +49,26 @@ def cases(weight: str) -> Iterator[Case]:
         yield Case(BACKWARD, 4096, 128, 768, 64, 32, 0, weight, "none")
 
 
+def encoder_passes() -> Iterator[tuple[str, Callable[[], object]]]:
+    """What a transformer's layer launches, forward and backward, by the tokens of its texts."""
+
+    def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    seed, heads, size = made(1, dtype=torch.int64), 12, 768
+    for tokens in (32, 64, 128):
+        qkv, x, lse = made(8, tokens, 3 * size), made(8, tokens, size), made(8, heads, tokens, dtype=torch.float32)
+        seen = made(8, tokens, dtype=torch.bool)
+        yield f"attention {tokens}", partial(triton_attention.attention_forward, qkv, seen, heads, 0.1, seed, x, lse)
+        yield f"attention {tokens}", partial(triton_attention.attention_backward, x, qkv, seen, lse, heads, 0.1, seed, qkv)
+    x, w, row = made(256, size), made(size), made(256, dtype=torch.float32)
+    yield "norm", partial(triton_norm.norm_forward, x, w, x, w, w, 0.1, 1e-5, seed, x, x, row, row)
+    yield "norm", partial(triton_norm.norm_backward, x, x, w, row, row, 0.1, seed, x, x)
+    z, b = made(256, 4 * size), made(4 * size)
+    yield "gelu", partial(triton_gelu.gelu_forward, z, b, z)
+    yield "gelu", partial(triton_gelu.gelu_backward, z, z, b, z)
+
+
 def main(capability: int, weights: list[str]) -> int:
     triton.runtime.driver.set_active(NoGpu(capability))  # type: ignore[arg-type]
     torch.cuda.get_device_capability = lambda *_: divmod(capability, 10)  # type: ignore[assignment]
@@ -72,6 +93,14 @@ def main(capability: int, weights: list[str]) -> int:
                 except Exception as error:  # whatever the compiler says
                     failed += 1
                     print(f"{one.kernel} {one.key}: {type(error).__name__}: {error}"[:2000], file=sys.stderr)
+    weight = "encoder"
+    for name, call in encoder_passes():
+        try:
+            with tuning.compile_only():
+                call()
+        except Exception as error:
+            failed += 1
+            print(f"{name}: {type(error).__name__}: {error}"[:2000], file=sys.stderr)
     return 1 if failed else 0
 
 

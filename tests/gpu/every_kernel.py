@@ -12,6 +12,7 @@ from haste_kernels import (
     Positives,
     StepArgs,
     TailState,
+    encoder_ops,
     head_step,
     random_features,
     tail_step,
@@ -98,6 +99,25 @@ def layers() -> None:
                 break
 
 
+def encoders() -> None:
+    """A transformer's layer: every tile of attention, with and without padding and dropout."""
+    seed = torch.tensor([2**40 + 3], device=CUDA)
+    for tokens, heads, width, p, hides in (
+        (20, 2, 32, 0.1, True),
+        (50, 3, 64, 0.0, False),
+        (100, 1, 16, 0.3, True),
+        (128, 2, 64, 0.1, False),
+    ):
+        size = heads * width
+        x_BSH, w_CH = normal(7, tokens, size, dtype=BF16).requires_grad_(), normal(3 * size, size, dtype=BF16).requires_grad_()
+        seen = (torch.rand(7, tokens) < 0.8).to(CUDA) if hides else None
+        c_BSH, r_BSH = encoder_ops.attend(x_BSH, w_CH, normal(3 * size, dtype=BF16), seen, heads, p, seed)
+        norm = [normal(size, dtype=BF16).requires_grad_() for _ in range(3)]
+        y_MH = encoder_ops.dropout_add_norm(c_BSH.flatten(0, 1), norm[0], r_BSH.flatten(0, 1), *norm[1:], p, 1e-5, seed)
+        z_MC, r_MH = encoder_ops.widen(y_MH, normal(300, size, dtype=BF16), normal(300, dtype=BF16).requires_grad_())
+        torch.autograd.backward((z_MC, r_MH), (torch.randn_like(z_MC), torch.randn_like(r_MH)))
+
+
 def main() -> None:
     launched: set[str] = set()
     run = triton.JITFunction.run
@@ -108,7 +128,7 @@ def main() -> None:
 
     triton.JITFunction.run = noted
     torch.manual_seed(0)
-    for part in (tails, heads, best, layers):
+    for part in (tails, heads, best, layers, encoders):
         part()
         torch.cuda.synchronize()
     print(f"{len(launched)} kernels:", *sorted(launched))

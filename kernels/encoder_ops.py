@@ -1,0 +1,161 @@
+"""What a transformer's layer does around its matrix products, as operations with gradients of their own.
+
+Each takes one kernel a pass beside its products. That reads and writes activations once, sums the gradients of biases and norms on the way,
+and keeps nothing of its dropout. Where there are no kernels the same is plain torch (encoder_reference.py). On the meta device the tensors
+that the kernels fill are made, for whoever counts them. ``seed``: one int64 on the device of x.
+
+``attend`` and ``widen`` return x too, for the residual. Its gradient is overwritten with its sum with that of the product, as that is made.
+
+Letters: M rows (B texts of S tokens), H the layer's width, C columns, A heads.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from haste_kernels import encoder_reference as reference
+from haste_kernels.backend import use_triton
+
+LONGEST = 128  # tokens of a text that ``attend`` takes
+HEAD_WIDTHS = (16, 32, 64, 128)
+SHARED_BYTES = 163 << 10  # of a program, where the GPU does not say: an A100's
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether operations on ``x`` are kernels, or on the meta device their tensors."""
+    return x.is_meta or use_triton(x)
+
+
+def takes_heads(x_BSH: Tensor, width: int) -> bool:
+    """Whether ``attend`` has kernels for texts of S tokens and heads of ``width`` features, or needs none."""
+    if not has_kernels(x_BSH):
+        return True
+    tile = tile_tokens(x_BSH.shape[1])
+    room = getattr(None if x_BSH.is_meta else torch.cuda.get_device_properties(x_BSH.device), "shared_memory_per_block_optin", SHARED_BYTES)
+    return tile <= LONGEST and width in HEAD_WIDTHS and tile * (tile + 4 * width) * x_BSH.element_size() <= room
+
+
+def tile_tokens(tokens: int) -> int:
+    """T, a power of 2."""
+    return max(32, 1 << (tokens - 1).bit_length())
+
+
+def random_seed(device: torch.device) -> Tensor:
+    """Drawn from torch's generator of ``device``, without a wait: part of a recorded pass, and of one that is run again."""
+    return torch.randint(2**62, (1,), device=device)
+
+
+def attend(x_BSH: Tensor, w_CH: Tensor, b_C: Tensor, seen_BS: Tensor | None, heads: int, p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention among the tokens of each text, with q, k and v = x w^T + b (C = 3 H) and dropout of its probabilities, and x.
+
+    ``seen_BS``: bool, keys that are no padding.
+    """
+    if not has_kernels(x_BSH):
+        return reference.attention(x_BSH @ w_CH.T + b_C, seen_BS, heads, p, seed), x_BSH
+    return _Attend.apply(x_BSH, w_CH, b_C, seen_BS, heads, p, seed)  # type: ignore[no-any-return]
+
+
+def widen(x_MH: Tensor, w_CH: Tensor, b_C: Tensor) -> tuple[Tensor, Tensor]:
+    """(GELU(x w^T + b), x)."""
+    if not has_kernels(x_MH):
+        return reference.bias_gelu(x_MH @ w_CH.T, b_C), x_MH
+    return _Widen.apply(x_MH, w_CH, b_C)  # type: ignore[no-any-return]
+
+
+def dropout_add_norm(x_MH: Tensor, b_H: Tensor, r_MH: Tensor, w_H: Tensor, c_H: Tensor, p: float, eps: float, seed: Tensor) -> Tensor:
+    """Layer norm, with weight w and bias c, of r + dropout(x + b)."""
+    if not has_kernels(x_MH):
+        return reference.dropout_add_norm(x_MH, b_H, r_MH, w_H, c_H, p, eps, seed)
+    return _DropoutAddNorm.apply(x_MH, b_H, r_MH, w_H, c_H, p, eps, seed)  # type: ignore[no-any-return]
+
+
+def _product_gradients(dr_MH: Tensor, dy_MC: Tensor, x_MH: Tensor, w_CH: Tensor) -> tuple[Tensor, Tensor]:
+    """Of y = x w^T to x, added to ``dr_MH``, which it overwrites, and to w."""
+    return dr_MH.contiguous().addmm_(dy_MC, w_CH), dy_MC.T @ x_MH
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_BSH: Tensor, w_CH: Tensor, b_C: Tensor, seen_BS: Tensor | None, heads: int, p: float, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        qkv_BSC = torch.nn.functional.linear(x_BSH, w_CH, b_C)
+        out_BSH = torch.empty_like(x_BSH)
+        lse_BAS = x_BSH.new_empty(len(x_BSH), heads, x_BSH.shape[1], dtype=torch.float32)
+        if not x_BSH.is_meta:
+            from haste_kernels.triton_attention import attention_forward
+
+            attention_forward(qkv_BSC, seen_BS, heads, p, seed, out_BSH, lse_BAS)
+        ctx.save_for_backward(x_BSH, w_CH, qkv_BSC, lse_BAS, seed, *([] if seen_BS is None else [seen_BS]))
+        ctx.heads, ctx.p = heads, p
+        return out_BSH, x_BSH.view_as(x_BSH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_BSH: Tensor, dr_BSH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_BSH, w_CH, qkv_BSC, lse_BAS, seed, *seen = ctx.saved_tensors
+        dqkv_BSC = torch.empty_like(qkv_BSC)
+        db_C = w_CH.new_empty(len(w_CH))
+        if not x_BSH.is_meta:
+            from haste_kernels.triton_attention import attention_backward
+
+            seen_BS = seen[0] if seen else None
+            db_C = attention_backward(do_BSH.contiguous(), qkv_BSC, seen_BS, lse_BAS, ctx.heads, ctx.p, seed, dqkv_BSC).to(w_CH.dtype)
+        dx_MH, dw_CH = _product_gradients(dr_BSH.flatten(0, 1), dqkv_BSC.flatten(0, 1), x_BSH.flatten(0, 1), w_CH)
+        return dx_MH.view_as(x_BSH), dw_CH, db_C, None, None, None, None
+
+
+class _Widen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MH: Tensor, w_CH: Tensor, b_C: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        z_MC = x_MH @ w_CH.T
+        y_MC = torch.empty_like(z_MC)
+        if not z_MC.is_meta:
+            from haste_kernels.triton_gelu import gelu_forward
+
+            gelu_forward(z_MC, b_C, y_MC)
+        ctx.save_for_backward(x_MH, w_CH, b_C, z_MC)
+        return y_MC, x_MH.view_as(x_MH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_MC: Tensor, dr_MH: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        x_MH, w_CH, b_C, z_MC = ctx.saved_tensors
+        dz_MC, db_C = torch.empty_like(z_MC), torch.empty_like(b_C)
+        if not z_MC.is_meta:
+            from haste_kernels.triton_gelu import gelu_backward
+
+            db_C = gelu_backward(dy_MC.contiguous(), z_MC, b_C, dz_MC).to(b_C.dtype)
+        return *_product_gradients(dr_MH, dz_MC, x_MH, w_CH), db_C
+
+
+class _DropoutAddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_MH: Tensor, b_H: Tensor, r_MH: Tensor, w_H: Tensor, c_H: Tensor, p: float, eps: float, seed: Tensor
+    ) -> Tensor:
+        h_MH, y_MH = torch.empty_like(x_MH), torch.empty_like(x_MH)
+        mean_M, rstd_M = (x_MH.new_empty(len(x_MH), dtype=torch.float32) for _ in range(2))
+        if not x_MH.is_meta:
+            from haste_kernels.triton_norm import norm_forward
+
+            norm_forward(x_MH, b_H, r_MH, w_H, c_H, p, eps, seed, h_MH, y_MH, mean_M, rstd_M)
+        ctx.save_for_backward(h_MH, w_H, mean_M, rstd_M, seed)
+        ctx.p = p
+        return y_MH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_MH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h_MH, w_H, mean_M, rstd_M, seed = ctx.saved_tensors
+        dr_MH = torch.empty_like(h_MH)
+        dx_MH = torch.empty_like(h_MH) if ctx.p else dr_MH
+        sums_3H = w_H.new_empty(3, len(w_H))
+        if not h_MH.is_meta:
+            from haste_kernels.triton_norm import norm_backward
+
+            sums_3H = norm_backward(dy_MH.contiguous(), h_MH, w_H, mean_M, rstd_M, ctx.p, seed, dr_MH, dx_MH).to(w_H.dtype)
+        db_H, dw_H, dc_H = sums_3H
+        return dx_MH, db_H, dr_MH, dw_H, dc_H, None, None, None

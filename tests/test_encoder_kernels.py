@@ -1,0 +1,177 @@
+"""The kernels of a transformer's layer in Triton's interpreter, in float32, against float64; and the definitions that those are.
+
+No size is a multiple of its tile, and each backward kernel has more tiles than programs.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from haste_kernels import encoder_ops as ops
+from haste_kernels import encoder_reference as reference
+
+SEED = torch.tensor([2**61 + 12345])
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels themselves")
+
+
+def poisoned(*shape: int) -> Tensor:
+    return torch.full(shape, float("nan"))
+
+
+def close(found: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5, msg=lambda text: f"{what}: {text}")
+
+
+def gradients(call, inputs: list[Tensor], given: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What the definition gives in float64, and its gradients."""
+    exact = [x.double().requires_grad_() for x in inputs]
+    y = call(*exact)
+    return y.detach(), torch.autograd.grad(y, exact, given.double())
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("rows", "width", "p"), [(101, 48, 0.3), (70, 96, 0.0), (3, 8, 0.5), (1, 1000, 0.1)])
+def test_dropout_add_norm(rows: int, width: int, p: float) -> None:
+    triton_norm = pytest.importorskip("haste_kernels.triton_norm")
+    torch.manual_seed(rows)
+    x, r, dy = (torch.randn(rows, width) for _ in range(3))
+    b, w, c = (torch.randn(width) for _ in range(3))
+    y, (dx, db, dr, dw, dc) = gradients(lambda *i: reference.dropout_add_norm(*i, p, 1e-5, SEED), [x, b, r, w, c], dy)
+    h, mine, mean, rstd = poisoned(rows, width), poisoned(rows, width), poisoned(rows), poisoned(rows)
+    triton_norm.norm_forward(x, b, r, w, c, p, 1e-5, SEED, h, mine, mean, rstd)
+    close(mine, y, "y")
+    to_r = poisoned(rows, width)
+    to_x = poisoned(rows, width) if p else to_r
+    sums = triton_norm.norm_backward(dy, h, w, mean, rstd, p, SEED, to_r, to_x)
+    for what, found, expected in zip("xrbwc", (to_x, to_r, *sums), (dx, dr, db, dw, dc), strict=True):
+        close(found, expected, f"gradient of {what}")
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("rows", "width"), [(101, 300), (1, 256), (40, 8)])
+def test_bias_gelu(rows: int, width: int) -> None:
+    triton_gelu = pytest.importorskip("haste_kernels.triton_gelu")
+    torch.manual_seed(rows)
+    z, dy, b = 3 * torch.randn(rows, width), torch.randn(rows, width), torch.randn(width)
+    y, (dz, db) = gradients(reference.bias_gelu, [z, b], dy)
+    mine, to_z = poisoned(rows, width), poisoned(rows, width)
+    triton_gelu.gelu_forward(z, b, mine)
+    close(mine, y, "y")
+    close(triton_gelu.gelu_backward(dy, z, b, to_z), db, "gradient of b")
+    close(to_z, dz, "gradient of z")
+
+
+@needs_interpreter
+def test_small_values_of_gelu_keep_their_digits() -> None:
+    triton_gelu = pytest.importorskip("haste_kernels.triton_gelu")
+    z = torch.linspace(-5, -1, 64)[None]
+    mine = poisoned(1, 64)
+    triton_gelu.gelu_forward(z, torch.zeros(64), mine)
+    exact = -z.double() * torch.special.erfc(-z.double() / 2**0.5) / -2
+    assert ((mine.double() - exact) / exact).abs().max() < 2e-3  # bfloat16 keeps 4e-3
+
+
+ATTENTION = [  # texts, tokens, heads, width, p, whether some keys are hidden
+    (2, 24, 3, 16, 0.2, True),
+    (3, 16, 2, 32, 0.0, False),
+    (2, 5, 2, 16, 0.5, True),
+    (5, 40, 1, 16, 0.5, False),
+    (1, 100, 1, 16, 0.3, True),
+]
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("texts", "tokens", "heads", "width", "p", "hides"), ATTENTION)
+def test_attention(texts: int, tokens: int, heads: int, width: int, p: float, hides: bool) -> None:
+    triton_attention = pytest.importorskip("haste_kernels.triton_attention")
+    torch.manual_seed(tokens)
+    size = heads * width
+    qkv, do = torch.randn(texts, tokens, 3 * size), torch.randn(texts, tokens, size)
+    seen = None
+    if hides:
+        seen = torch.rand(texts, tokens) < 0.7
+        seen[:, 0] = True
+    o, [dqkv] = gradients(lambda qkv: reference.attention(qkv, seen, heads, p, SEED), [qkv], do)
+    mine, lse, to_qkv = poisoned(texts, tokens, size), poisoned(texts, heads, tokens), poisoned(texts, tokens, 3 * size)
+    triton_attention.attention_forward(qkv, seen, heads, p, SEED, mine, lse)
+    close(mine, o, "answer")
+    to_b = triton_attention.attention_backward(do, qkv, seen, lse, heads, p, SEED, to_qkv)
+    close(to_qkv, dqkv, "gradient of qkv")
+    close(to_b, dqkv.sum((0, 1)), "gradient of the biases")
+
+
+@needs_interpreter
+def test_a_text_of_padding_alone_makes_no_nan() -> None:
+    triton_attention = pytest.importorskip("haste_kernels.triton_attention")
+    qkv, seen = torch.randn(2, 6, 48), torch.tensor([[True] * 6, [False] * 6])
+    out, lse, to_qkv = poisoned(2, 6, 16), poisoned(2, 1, 6), poisoned(2, 6, 48)
+    triton_attention.attention_forward(qkv, seen, 1, 0.1, SEED, out, lse)
+    do = torch.randn(2, 6, 16)
+    do[1] = 0  # of which no loss knows
+    triton_attention.attention_backward(do, qkv, seen, lse, 1, 0.1, SEED, to_qkv)
+    assert out.isfinite().all()
+    assert to_qkv.isfinite().all()
+    assert not to_qkv[1].any()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_keeps_its_share_and_the_mean(p: float) -> None:
+    """Within 4 standard errors; rows, neighbours and seeds have nothing to do with each other."""
+    x = torch.ones(2000, 64)
+    one, other = reference.drop(x, p, SEED), reference.drop(x, p, SEED + 1)
+    kept, again = one > 0, other > 0
+    error = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(kept.double().mean() - (1 - p)) < 4 * error
+    assert abs(one.double().mean() - 1) < 4 * error / (1 - p)
+    for a, b in ((kept, again), (kept[:, 1:], kept[:, :-1]), (kept[1:], kept[:-1]), (kept[:, 4:], kept[:, :-4])):
+        both = (a & b).double().mean()
+        assert abs(both - (1 - p) ** 2) < 5 * error
+
+
+@given(st.integers(1, 70), st.integers(1, 5))
+def test_the_order_of_lanes_is_its_own_inverse(columns: int, rows: int) -> None:
+    x = torch.arange(rows * columns).view(rows, columns)
+    ordered = reference._by_lanes(x)
+    assert ordered.shape[1] % 32 == 0
+    assert torch.equal(reference._by_lanes(ordered)[:, :columns], x)
+
+
+@given(st.integers(1, 4096))
+def test_a_tile_holds_the_text_and_no_more_than_needed(tokens: int) -> None:
+    tile = ops.tile_tokens(tokens)
+    assert tile >= tokens
+    assert tile == 32 or tile < 2 * tokens
+
+
+def test_plain_torch_does_it_where_there_are_no_kernels() -> None:
+    torch.manual_seed(0)
+    x, w, b = torch.randn(2, 7, 32), torch.randn(96, 32), torch.randn(96)
+    seen = torch.rand(2, 7) < 0.8
+    c, same = ops.attend(x, w, b, seen, 2, 0.1, SEED)
+    assert same is x
+    assert torch.equal(c, reference.attention(x @ w.T + b, seen, 2, 0.1, SEED))
+    y, same = ops.widen(x[0], w, b)
+    assert same.data_ptr() == x.data_ptr()
+    torch.testing.assert_close(y, torch.nn.functional.gelu(x[0] @ w.T + b))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "takes"), [(128, 64, True), (129, 64, False), (128, 48, False), (128, 128, True), (20, 32, True)]
+)
+def test_attention_of_short_texts_and_common_heads_has_kernels(tokens: int, width: int, takes: bool) -> None:
+    x = torch.empty(2, tokens, 4 * width, device="meta", dtype=torch.bfloat16)
+    assert ops.takes_heads(x, width) is takes
+
+
+def test_on_the_meta_device_there_are_gradients_of_all() -> None:
+    def made(*shape: int) -> Tensor:
+        return torch.empty(*shape, device="meta", requires_grad=True)
+
+    x, w, b, seed = made(2, 7, 32), made(96, 32), made(96), torch.empty(1, dtype=torch.int64, device="meta")
+    c, x2 = ops.attend(x, w, b, None, 2, 0.1, seed)
+    y = ops.dropout_add_norm(c.flatten(0, 1), made(32), x2.flatten(0, 1), made(32), made(32), 0.1, 1e-5, seed)
+    z, y2 = ops.widen(y, made(64, 32), made(64))
+    found = torch.autograd.grad((z.sum(), y2.sum()), (x, w, b))
+    assert [g.shape for g in found] == [x.shape, w.shape, b.shape]

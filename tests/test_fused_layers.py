@@ -1,0 +1,143 @@
+"""Fused layers are the layers that they replace: in float64 by plain torch, whose gradients autograd makes. tests/gpu holds the kernels."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from haste_dist.config import EncoderConfig
+from haste_dist.dry_run import dry_run
+from haste_dist.encoder import Encoder, build_encoder, compile_blocks, fuse_blocks
+from haste_dist.fused_layers import fuse_layers, is_fused
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 100,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def make_model(family: str, **changed: Any) -> nn.Module:
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, **(SIZES | changed))
+    model: nn.Module = AutoModel.from_config(config, attn_implementation=None if family == "mpnet" else "sdpa")
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)  # biases and norms too
+    return model
+
+
+def results(encoder: nn.Module, tokens: int, hides: bool) -> list[torch.Tensor]:
+    torch.manual_seed(2)
+    ids, mask = torch.randint(5, 100, (3, tokens)), torch.ones(3, tokens, dtype=torch.int64)
+    if hides:
+        mask[0, 7:] = mask[1, tokens - 2 :] = 0
+    given = torch.randn(3, encoder.width, dtype=torch.float64)  # type: ignore[arg-type]
+    torch.manual_seed(3)
+    x_BD = encoder(ids, mask if hides else None)
+    encoder.zero_grad()
+    x_BD.backward(given)
+    return [x_BD.detach(), *(p.grad for p in encoder.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"])
+def test_embeddings_and_gradients_are_those_of_the_layers_before(family: str) -> None:
+    plain = Encoder(make_model(family)).double().train()
+    fused = copy.deepcopy(plain)
+    assert fuse_layers(fused.model) == 2
+    assert fuse_layers(fused.model) == 0  # once is enough
+    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in fused.named_parameters()]
+    for tokens, hides in ((9, False), (20, True), (133, True)):
+        for own, ours in zip(results(plain, tokens, hides), results(fused, tokens, hides), strict=True):
+            torch.testing.assert_close(ours, own, rtol=1e-9, atol=1e-11)
+
+
+def test_dropout_only_where_it_trains() -> None:
+    """Three places of a layer: each alone makes two passes differ in training, none in evaluation."""
+    for places in ({"hidden_dropout_prob": 0.5}, {"attention_probs_dropout_prob": 0.5}):
+        encoder = Encoder(make_model("bert", **places))
+        encoder.model.embeddings.dropout.p = 0.0  # type: ignore[union-attr, assignment]
+        fuse_layers(encoder.model)
+        ids = torch.randint(5, 100, (2, 9))
+        one, other = (encoder.train()(ids, None) for _ in range(2))
+        assert not torch.equal(one, other)
+        torch.manual_seed(5)
+        one = encoder(ids, None)
+        torch.manual_seed(5)
+        assert torch.equal(one, encoder(ids, None))
+        assert torch.equal(encoder.eval()(ids, None), encoder(ids, None))
+
+
+def test_activations_made_again_are_the_same() -> None:
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        config = EncoderConfig(width=32, heads=2, dropout=0.3, checkpointing=checkpointing)
+        encoder = build_encoder(config, 100, 0).double().train()
+        assert fuse_layers(encoder.model) == 2
+        found.append(results(encoder, 9, True))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [("bert", {"hidden_act": "relu"}), ("bert", {"is_decoder": True}), ("distilbert", {}), ("deberta-v2", {})],
+    ids=str,
+)
+def test_layers_of_other_kinds_are_left_alone(family: str, changed: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    names = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "vocab_size": 100} if family == "distilbert" else SIZES | changed
+    assert fuse_layers(AutoModel.from_config(AutoConfig.for_model(family, **names))) == 0
+
+
+def test_adapted_layers_are_left_alone() -> None:
+    pytest.importorskip("peft")
+    assert fuse_layers(build_encoder(EncoderConfig(width=32, heads=2, lora_rank=2), 100, 0).model) == 0
+
+
+def test_without_a_gpu_nothing_is_fused() -> None:
+    encoder = build_encoder(EncoderConfig(width=32, heads=2), 100, 0)
+    assert not fuse_blocks(encoder)
+    assert not any(map(is_fused, encoder.modules()))
+
+
+def test_attention_of_another_package_is_left_alone() -> None:
+    with torch.device("meta"):
+        encoder = build_encoder(EncoderConfig(width=32, heads=2), 100, 0)
+    encoder.whole_mask = False
+    assert not fuse_blocks(encoder)
+    encoder.whole_mask = True
+    assert fuse_blocks(encoder)
+
+
+def test_only_blocks_that_are_not_fused_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
+    encoder = build_encoder(EncoderConfig(width=32, heads=2), 100, 0)
+    fuse_layers(encoder.model)
+    compile_blocks(encoder)
+    assert not compiled
+    compile_blocks(build_encoder(EncoderConfig(width=32, heads=2), 100, 0))
+    assert len(compiled) == 2
+
+
+def test_a_plan_for_a_gpu_counts_what_fused_layers_keep() -> None:
+    """A token and layer: input, qkv, answer, both norms' sums and outputs (H each, qkv three), and two of the wide layer; 2 bytes each."""
+    rows, tokens, h, wide = 8, 64, 64, 256
+    config = EncoderConfig(width=h, heads=2, layers=8, dropout=0.1)
+    fused, plain, cpu = (
+        dry_run(dataclasses.replace(config, fused=on), 100, 0, rows, tokens, torch.bfloat16, cuda)
+        for on, cuda in ((True, True), (False, True), (True, False))
+    )
+    assert cpu == plain
+    numbers = 8 * (3 * h + h + 2 * h + 2 * h + 2 * wide)
+    assert fused.kept == pytest.approx(rows * tokens * 2 * numbers, rel=0.1)
+    assert fused.kept < plain.kept
