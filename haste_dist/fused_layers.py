@@ -13,52 +13,70 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from haste_kernels.encoder_ops import attend, dropout_add_norm, random_seed, takes_heads, widen
+from haste_kernels.encoder_ops import attend, dropout_add_norm, random_seeds, takes_heads, widen
 
 
 class FusedLayer:
     """What the layers below share; mixed into a layer's own class, whose ``forward`` theirs replace."""
 
-    def _widen_and_join(self: Any, x_MH: Tensor) -> Tensor:
+    def _seeds(self: Any, count: int, device: torch.device) -> tuple[Tensor | None, ...]:
+        return random_seeds(count, device) if self.training else (None,) * count
+
+    def _widen_and_join(self: Any, x_MH: Tensor, seed: Tensor | None) -> Tensor:
         up = self.intermediate.dense
         y_MC, x_MH = widen(x_MH, up.weight, up.bias)
-        return self._join(self.output.dense, self.output, y_MC, x_MH)
+        return self._join(self.output.dense, self.output, y_MC, x_MH, seed)
 
-    def _join(self: Any, down: nn.Linear, part: Any, x_MC: Tensor, r_MH: Tensor) -> Tensor:
+    def _join(self: Any, down: nn.Linear, part: Any, x_MC: Tensor, r_MH: Tensor, seed: Tensor | None) -> Tensor:
         """Back to the layer's width, and to the residual; ``part`` has the norm and the dropout."""
         p, norm = part.dropout.p if self.training else 0.0, part.LayerNorm
         y_MH = x_MC @ down.weight.T
-        return dropout_add_norm(y_MH, down.bias, r_MH, norm.weight, norm.bias, p, norm.eps, random_seed(x_MC.device))
+        return dropout_add_norm(y_MH, down.bias, r_MH, norm.weight, norm.bias, p, norm.eps, seed)
 
 
 class FusedBertLayer(FusedLayer):
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         """The mask is (B, 1, S, S), bool, and hides the same keys from every token."""
         x_BSH, own = hidden_states, self.attention.self
-        parts = (own.query, own.key, own.value)
-        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+        weight, bias = _joined(own.query, own.key, own.value)
         heads, p = own.num_attention_heads, own.dropout.p if self.training else 0.0
+        seeds = self._seeds(3, x_BSH.device)
         if takes_heads(x_BSH, own.attention_head_size):
-            seen_BS = None if attention_mask is None else attention_mask[:, 0, 0].contiguous()
-            c_BSH, x_BSH = attend(x_BSH, weight, bias, seen_BS, heads, p, random_seed(x_BSH.device))
+            c_BSH, x_BSH = attend(x_BSH, weight, bias, _seen(attention_mask), heads, p, seeds[0])
         else:
             q, k, v = F.linear(x_BSH, weight, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             c_BASd = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=p)
             c_BSH = c_BASd.transpose(1, 2).flatten(2)
         output = self.attention.output
-        x_MH = self._join(output.dense, output, c_BSH.flatten(0, 1), x_BSH.flatten(0, 1))
-        return self._widen_and_join(x_MH).view_as(hidden_states)  # type: ignore[no-any-return]
+        x_MH = self._join(output.dense, output, c_BSH.flatten(0, 1), x_BSH.flatten(0, 1), seeds[1])
+        return self._widen_and_join(x_MH, seeds[2]).view_as(hidden_states)  # type: ignore[no-any-return]
 
 
 class FusedMPNetLayer(FusedLayer):
     def forward(
-        self: Any, hidden_states: Tensor, attention_mask: None = None, position_bias: Tensor | None = None, **_: Any
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None, **_: Any
     ) -> tuple[Tensor]:
-        """Of a model whose attention is that of mpnet.py."""
-        attention = self.attention
-        c_MH = attention.attn.context(hidden_states, position_bias).flatten(0, 1)
-        x_MH = self._join(attention.attn.o, attention, c_MH, hidden_states.flatten(0, 1))
-        return (self._widen_and_join(x_MH).view_as(hidden_states),)
+        """Of a model whose attention is that of mpnet.py. The bias is of all texts, (1, A, S, S), and the mask (B, 1, S, S), bool; or the
+        bias hides padding itself."""
+        x_BSH, own, seeds = hidden_states, self.attention.attn, self._seeds(3, hidden_states.device)
+        if position_bias is not None and len(position_bias) == 1 and hides_padding(self, x_BSH):
+            weight, bias = _joined(own.q, own.k, own.v)
+            heads, p = own.num_attention_heads, own.dropout.p if self.training else 0.0
+            c_BSH, x_BSH = attend(x_BSH, weight, bias, _seen(attention_mask), heads, p, seeds[0], position_bias[0].contiguous())
+        else:
+            c_BSH = own.context(x_BSH, position_bias)
+        x_MH = self._join(own.o, self.attention, c_BSH.flatten(0, 1), x_BSH.flatten(0, 1), seeds[1])
+        return (self._widen_and_join(x_MH, seeds[2]).view_as(hidden_states),)
+
+
+def _joined(*parts: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Several products of one input as one."""
+    return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+
+
+def _seen(mask: Tensor | None) -> Tensor | None:
+    """(B, 1, S, S) that is the same for all queries, as (B, S)."""
+    return None if mask is None else mask[:, 0, 0].contiguous()
 
 
 class FusedEmbeddings:
@@ -68,8 +86,8 @@ class FusedEmbeddings:
         texts, tokens = input_ids.shape
         word_BSH, norm = self.word_embeddings(input_ids), self.LayerNorm
         place_MH = self.position_embeddings.weight[:tokens].expand(texts, -1, -1).flatten(0, 1)
-        kind_H, nothing = self.token_type_embeddings.weight[0], input_ids.new_zeros(1)
-        y_MH = dropout_add_norm(word_BSH.flatten(0, 1), kind_H, place_MH, norm.weight, norm.bias, 0.0, norm.eps, nothing)
+        kind_H = self.token_type_embeddings.weight[0]
+        y_MH = dropout_add_norm(word_BSH.flatten(0, 1), kind_H, place_MH, norm.weight, norm.bias, 0.0, norm.eps, None)
         return self.dropout(y_MH).view_as(word_BSH)  # type: ignore[no-any-return]
 
 
@@ -89,17 +107,20 @@ def is_fused(layer: nn.Module) -> bool:
     return isinstance(layer, FusedLayer)
 
 
+def hides_padding(layer: Any, x_BSH: Tensor) -> bool:
+    """Whether an MPNet layer takes padding for (B, S) texts of this length apart from what is added to the scores of all texts."""
+    fused: Any = layer if isinstance(layer, FusedMPNetLayer) else None
+    return fused is not None and takes_heads(x_BSH, fused.attention.attn.attention_head_size, paired=True)
+
+
 def _kind(layer: Any) -> type[FusedLayer] | None:
     try:
         up, output, attention = layer.intermediate, layer.output, layer.attention
         mpnet = hasattr(attention, "attn")
         joined = attention if mpnet else attention.output
-        linear = [up.dense, output.dense, *((attention.attn.o,) if mpnet else (joined.dense,))]
-        norms, drops = (joined.LayerNorm, output.LayerNorm), [joined.dropout, output.dropout]
-        if not mpnet:
-            own = attention.self
-            linear += [own.query, own.key, own.value]
-            drops.append(own.dropout)
+        own = attention.attn if mpnet else attention.self
+        linear = (up.dense, output.dense, *((own.q, own.k, own.v, own.o) if mpnet else (own.query, own.key, own.value, joined.dense)))
+        norms, drops = (joined.LayerNorm, output.LayerNorm), (joined.dropout, output.dropout, own.dropout)
         gelu = type(up.intermediate_act_fn)
     except AttributeError:
         return None
@@ -108,5 +129,5 @@ def _kind(layer: Any) -> type[FusedLayer] | None:
     if not (plain and alone and all(type(one) is nn.LayerNorm for one in norms) and gelu.__name__ in ("GELU", "GELUActivation")):
         return None
     if mpnet:
-        return FusedMPNetLayer if hasattr(attention.attn, "context") else None
+        return FusedMPNetLayer if hasattr(own, "context") else None
     return FusedBertLayer

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
 
+from haste_dist.fused_layers import hides_padding
+
 
 class FusedAttention(MPNetSelfAttention):  # type: ignore[misc]
     """``position_bias`` (B or 1, H, S, S) is all that is added to the scores, what hides padding as well."""
@@ -31,8 +33,8 @@ class FusedAttention(MPNetSelfAttention):  # type: ignore[misc]
 
 
 class FusedEncoder(MPNetEncoder):  # type: ignore[misc]
-    """Adds the mask to the distances' biases once, not in every layer; no step waits for the host. ``checkpointing``: layers keep their
-    input alone, and run again in the backward pass."""
+    """Adds the mask to the distances' biases once, not in every layer, unless layers hide padding themselves. No step waits for the host.
+    ``checkpointing``: layers keep their input alone, and run again in the backward pass."""
 
     checkpointing = False
 
@@ -41,15 +43,18 @@ class FusedEncoder(MPNetEncoder):  # type: ignore[misc]
         tokens, table_KH = hidden_states.shape[1], self.relative_attention_bias.weight
         # A product in place of a lookup: its gradient sums millions of pairs of tokens into K rows, always in the same order.
         bias = (self.bucket_LLK[:tokens, :tokens].to(table_KH.dtype) @ table_KH).permute(2, 0, 1)[None]
-        if attention_mask is not None and attention_mask.dtype == torch.bool:
+        apart = None
+        if attention_mask is not None and attention_mask.dtype == torch.bool and hides_padding(self.layer[0], hidden_states):
+            apart = attention_mask
+        elif attention_mask is not None and attention_mask.dtype == torch.bool:
             bias = bias.masked_fill(~attention_mask, torch.finfo(bias.dtype).min)
         elif attention_mask is not None:
             bias = bias + attention_mask.to(bias.dtype)
         for layer in self.layer:
             if self.checkpointing and self.training:
-                (hidden_states,) = checkpoint(layer, hidden_states, None, bias, use_reentrant=False)
+                (hidden_states,) = checkpoint(layer, hidden_states, apart, bias, use_reentrant=False)
             else:
-                (hidden_states,) = layer(hidden_states, None, bias)
+                (hidden_states,) = layer(hidden_states, apart, bias)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 

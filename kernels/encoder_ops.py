@@ -2,7 +2,8 @@
 
 Each takes one kernel a pass beside its products. That reads and writes activations once, sums the gradients of biases and norms on the way,
 and keeps nothing of its dropout. Where there are no kernels the same is plain torch (encoder_reference.py). On the meta device the tensors
-that the kernels fill are made, for whoever counts them. ``seed``: one int64 on the device of x.
+that the kernels fill are made, for whoever counts them. ``seed``: one int64 on the device of x; None where nothing
+is dropped.
 
 ``attend`` and ``widen`` return x too, for the residual. Its gradient is overwritten with its sum with that of the product, as that is made.
 
@@ -19,6 +20,7 @@ from haste_kernels import encoder_reference as reference
 from haste_kernels.backend import use_triton
 
 LONGEST = 128  # tokens of a text that ``attend`` takes
+LONGEST_PAIRED = 64  # with ``pair_ASS``, whose gradient takes as many registers as the scores
 HEAD_WIDTHS = (16, 32, 64, 128)
 SHARED_BYTES = 163 << 10  # of a program, where the GPU does not say: an A100's
 
@@ -28,13 +30,17 @@ def has_kernels(x: Tensor) -> bool:
     return x.is_meta or use_triton(x)
 
 
-def takes_heads(x_BSH: Tensor, width: int) -> bool:
-    """Whether ``attend`` has kernels for texts of S tokens and heads of ``width`` features, or needs none."""
+def takes_heads(x_BSH: Tensor, width: int, paired: bool = False) -> bool:
+    """Whether ``attend`` has kernels for texts of S tokens and heads of ``width`` features, or needs none; with ``pair_ASS``, if asked."""
     if not has_kernels(x_BSH):
         return True
     tile = tile_tokens(x_BSH.shape[1])
     room = getattr(None if x_BSH.is_meta else torch.cuda.get_device_properties(x_BSH.device), "shared_memory_per_block_optin", SHARED_BYTES)
-    return tile <= LONGEST and width in HEAD_WIDTHS and tile * (tile + 4 * width) * x_BSH.element_size() <= room
+    return (
+        tile <= (LONGEST_PAIRED if paired else LONGEST)
+        and width in HEAD_WIDTHS
+        and tile * (tile + 4 * width) * x_BSH.element_size() <= room
+    )
 
 
 def tile_tokens(tokens: int) -> int:
@@ -42,19 +48,28 @@ def tile_tokens(tokens: int) -> int:
     return max(32, 1 << (tokens - 1).bit_length())
 
 
-def random_seed(device: torch.device) -> Tensor:
+def random_seeds(count: int, device: torch.device) -> tuple[Tensor, ...]:
     """Drawn from torch's generator of ``device``, without a wait: part of a recorded pass, and of one that is run again."""
-    return torch.randint(2**62, (1,), device=device)
+    return torch.randint(2**62, (count, 1), device=device).unbind()
 
 
-def attend(x_BSH: Tensor, w_CH: Tensor, b_C: Tensor, seen_BS: Tensor | None, heads: int, p: float, seed: Tensor) -> tuple[Tensor, Tensor]:
+def attend(
+    x_BSH: Tensor,
+    w_CH: Tensor,
+    b_C: Tensor,
+    seen_BS: Tensor | None,
+    heads: int,
+    p: float,
+    seed: Tensor | None,
+    pair_ASS: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention among the tokens of each text, with q, k and v = x w^T + b (C = 3 H) and dropout of its probabilities, and x.
 
-    ``seen_BS``: bool, keys that are no padding.
+    ``seen_BS``: bool, keys that are no padding. ``pair_ASS``: what is added to the scores of two places, of every text.
     """
     if not has_kernels(x_BSH):
-        return reference.attention(x_BSH @ w_CH.T + b_C, seen_BS, heads, p, seed), x_BSH
-    return _Attend.apply(x_BSH, w_CH, b_C, seen_BS, heads, p, seed)  # type: ignore[no-any-return]
+        return reference.attention(x_BSH @ w_CH.T + b_C, seen_BS, heads, p, seed, pair_ASS), x_BSH
+    return _Attend.apply(x_BSH, w_CH, b_C, seen_BS, heads, p, seed, pair_ASS)  # type: ignore[no-any-return]
 
 
 def widen(x_MH: Tensor, w_CH: Tensor, b_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +79,9 @@ def widen(x_MH: Tensor, w_CH: Tensor, b_C: Tensor) -> tuple[Tensor, Tensor]:
     return _Widen.apply(x_MH, w_CH, b_C)  # type: ignore[no-any-return]
 
 
-def dropout_add_norm(x_MH: Tensor, b_H: Tensor, r_MH: Tensor, w_H: Tensor, c_H: Tensor, p: float, eps: float, seed: Tensor) -> Tensor:
+def dropout_add_norm(
+    x_MH: Tensor, b_H: Tensor, r_MH: Tensor, w_H: Tensor, c_H: Tensor, p: float, eps: float, seed: Tensor | None
+) -> Tensor:
     """Layer norm, with weight w and bias c, of r + dropout(x + b)."""
     if not has_kernels(x_MH):
         return reference.dropout_add_norm(x_MH, b_H, r_MH, w_H, c_H, p, eps, seed)
@@ -79,7 +96,15 @@ def _product_gradients(dr_MH: Tensor, dy_MC: Tensor, x_MH: Tensor, w_CH: Tensor)
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_BSH: Tensor, w_CH: Tensor, b_C: Tensor, seen_BS: Tensor | None, heads: int, p: float, seed: Tensor
+        ctx: Any,
+        x_BSH: Tensor,
+        w_CH: Tensor,
+        b_C: Tensor,
+        seen_BS: Tensor | None,
+        heads: int,
+        p: float,
+        seed: Tensor | None,
+        pair_ASS: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         qkv_BSC = torch.nn.functional.linear(x_BSH, w_CH, b_C)
         out_BSH = torch.empty_like(x_BSH)
@@ -87,24 +112,24 @@ class _Attend(torch.autograd.Function):
         if not x_BSH.is_meta:
             from haste_kernels.triton_attention import attention_forward
 
-            attention_forward(qkv_BSC, seen_BS, heads, p, seed, out_BSH, lse_BAS)
-        ctx.save_for_backward(x_BSH, w_CH, qkv_BSC, lse_BAS, seed, *([] if seen_BS is None else [seen_BS]))
+            attention_forward(qkv_BSC, pair_ASS, seen_BS, heads, p, seed, out_BSH, lse_BAS)
+        ctx.save_for_backward(x_BSH, w_CH, qkv_BSC, lse_BAS, seed, seen_BS, pair_ASS)
         ctx.heads, ctx.p = heads, p
         return out_BSH, x_BSH.view_as(x_BSH)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_BSH: Tensor, dr_BSH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_BSH, w_CH, qkv_BSC, lse_BAS, seed, *seen = ctx.saved_tensors
+        x_BSH, w_CH, qkv_BSC, lse_BAS, seed, seen_BS, pair_ASS = ctx.saved_tensors
         dqkv_BSC = torch.empty_like(qkv_BSC)
-        db_C = w_CH.new_empty(len(w_CH))
+        db_C, dpair_ASS = w_CH.new_empty(len(w_CH)), pair_ASS
         if not x_BSH.is_meta:
             from haste_kernels.triton_attention import attention_backward
 
-            seen_BS = seen[0] if seen else None
-            db_C = attention_backward(do_BSH.contiguous(), qkv_BSC, seen_BS, lse_BAS, ctx.heads, ctx.p, seed, dqkv_BSC).to(w_CH.dtype)
+            do_BSH = do_BSH.contiguous()
+            db_C, dpair_ASS = attention_backward(do_BSH, qkv_BSC, pair_ASS, seen_BS, lse_BAS, ctx.heads, ctx.p, seed, dqkv_BSC)
         dx_MH, dw_CH = _product_gradients(dr_BSH.flatten(0, 1), dqkv_BSC.flatten(0, 1), x_BSH.flatten(0, 1), w_CH)
-        return dx_MH.view_as(x_BSH), dw_CH, db_C, None, None, None, None
+        return dx_MH.view_as(x_BSH), dw_CH, db_C, None, None, None, None, dpair_ASS
 
 
 class _Widen(torch.autograd.Function):
@@ -127,14 +152,14 @@ class _Widen(torch.autograd.Function):
         if not z_MC.is_meta:
             from haste_kernels.triton_gelu import gelu_backward
 
-            db_C = gelu_backward(dy_MC.contiguous(), z_MC, b_C, dz_MC).to(b_C.dtype)
+            db_C = gelu_backward(dy_MC.contiguous(), z_MC, b_C, dz_MC)
         return *_product_gradients(dr_MH, dz_MC, x_MH, w_CH), db_C
 
 
 class _DropoutAddNorm(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_MH: Tensor, b_H: Tensor, r_MH: Tensor, w_H: Tensor, c_H: Tensor, p: float, eps: float, seed: Tensor
+        ctx: Any, x_MH: Tensor, b_H: Tensor, r_MH: Tensor, w_H: Tensor, c_H: Tensor, p: float, eps: float, seed: Tensor | None
     ) -> Tensor:
         h_MH, y_MH = torch.empty_like(x_MH), torch.empty_like(x_MH)
         mean_M, rstd_M = (x_MH.new_empty(len(x_MH), dtype=torch.float32) for _ in range(2))
@@ -156,6 +181,6 @@ class _DropoutAddNorm(torch.autograd.Function):
         if not h_MH.is_meta:
             from haste_kernels.triton_norm import norm_backward
 
-            sums_3H = norm_backward(dy_MH.contiguous(), h_MH, w_H, mean_M, rstd_M, ctx.p, seed, dr_MH, dx_MH).to(w_H.dtype)
+            sums_3H = norm_backward(dy_MH.contiguous(), h_MH, w_H, mean_M, rstd_M, ctx.p, seed, dr_MH, dx_MH)
         db_H, dw_H, dc_H = sums_3H
         return dx_MH, db_H, dr_MH, dw_H, dc_H, None, None, None

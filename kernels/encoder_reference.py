@@ -16,9 +16,9 @@ def threshold_and_scale(p: float) -> tuple[int, float]:
     return dropped, 65536 / (65536 - dropped)
 
 
-def drop(x_MC: Tensor, p: float, seed: Tensor) -> Tensor:
+def drop(x_MC: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Dropout of the bits that ``seed`` (one int64) gives each row and column; what stays is scaled."""
-    if p == 0:
+    if p == 0 or seed is None:
         return x_MC
     threshold, scale = threshold_and_scale(p)
     half_MC = random_halves(int(seed) & (1 << 64) - 1, 0, torch.arange(len(x_MC), device=x_MC.device), x_MC.shape[1], DROPOUT)
@@ -29,19 +29,23 @@ def bias_gelu(z_MC: Tensor, b_C: Tensor) -> Tensor:
     return F.gelu(z_MC + b_C)
 
 
-def dropout_add_norm(x_MH: Tensor, b_H: Tensor, r_MH: Tensor, w_H: Tensor, c_H: Tensor, p: float, eps: float, seed: Tensor) -> Tensor:
+def dropout_add_norm(
+    x_MH: Tensor, b_H: Tensor, r_MH: Tensor, w_H: Tensor, c_H: Tensor, p: float, eps: float, seed: Tensor | None
+) -> Tensor:
     return F.layer_norm(r_MH + drop(x_MH + b_H, p, seed), w_H.shape, w_H, c_H, eps)
 
 
-def attention(qkv_BSC: Tensor, seen_BS: Tensor | None, heads: int, p: float, seed: Tensor) -> Tensor:
+def attention(qkv_BSC: Tensor, seen_BS: Tensor | None, heads: int, p: float, seed: Tensor | None, pair_ASS: Tensor | None = None) -> Tensor:
     """(B, S, A d); C is 3 A d: q, k and v of all heads."""
     texts, tokens, _ = qkv_BSC.shape
     q_BASd, k_BASd, v_BASd = qkv_BSC.view(texts, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
     scores_BASS = q_BASd @ k_BASd.transpose(-1, -2) / q_BASd.shape[-1] ** 0.5
+    if pair_ASS is not None:
+        scores_BASS = scores_BASS + pair_ASS
     if seen_BS is not None:
         scores_BASS = scores_BASS.masked_fill(~seen_BS[:, None, None, :], -1e30)
     p_BASS = scores_BASS.softmax(-1)
-    if p:
+    if p and seed is not None:
         p_BASS = drop(_by_lanes(p_BASS.flatten(0, 2)), p, seed)
         p_BASS = _by_lanes(p_BASS)[:, :tokens].view_as(scores_BASS)
     return (p_BASS @ v_BASd).transpose(1, 2).flatten(2)

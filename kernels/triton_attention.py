@@ -11,7 +11,6 @@ Letters: B texts, S tokens, A heads, d features a head, T tokens of a tile (a po
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,12 +19,12 @@ from triton.runtime.errors import OutOfResources
 from haste_kernels import rounding
 from haste_kernels.encoder_ops import tile_tokens
 from haste_kernels.encoder_reference import threshold_and_scale
-from haste_kernels.triton_norm import programs, seed_words
+from haste_kernels.triton_norm import programs, seed_words, sum_rows
 
 DROPOUT = tl.constexpr(rounding.DROPOUT)
 ROUNDS = tl.constexpr(rounding.ROUNDS)
 HIDDEN = tl.constexpr(-1e30)  # a score; finite, so that a text of padding alone makes no NaN
-LOG2_E, LN_2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 PART = 16  # rows of a tile that lie in one warp: their sum needs no barrier
 
 
@@ -62,23 +61,27 @@ def _kept(first, low, high, threshold, T: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, k, seen, text, tokens, scale, T: tl.constexpr):
-    """(T, T) q k^T ``scale``; keys that are hidden or not there come to HIDDEN."""
+def _scores(q, k, pair, seen, text, head, tokens, scale, T: tl.constexpr):
+    """(T, T) q k^T ``scale``, to base 2, and what a pair of places adds; keys that are hidden or not there come to HIDDEN."""
     key = tl.arange(0, T)
     real = key < tokens
     if seen is not None:
         real = real & (tl.load(seen + text * tokens + key, mask=real, other=0) != 0)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if pair is not None:
+        at = (head * tokens + key[:, None]) * tokens + key[None, :]
+        s += tl.load(pair + at, mask=(key < tokens)[:, None] & real[None, :], other=0.0).to(tl.float32) * LOG2_E
     return tl.where(real[None, :], s, HIDDEN)
 
 
 @triton.jit(do_not_specialize=["count", "tokens", "threshold"])
 def _attention_forward(
     qkv,  # (B, S, 3, A, d) float32 or bfloat16, in
+    pair,  # (A, S, S) or None, in: added to the scores of all texts
     seen,  # (B, S) bool or None, in: keys that are no padding
     out,  # (B, S, A, d), out
     lse,  # (B, A, S) float32, out: of a row of scores, to base 2
-    seed,  # (1,) int64, in
+    seed,  # (1,) int64, in, or None: nothing is dropped
     count,  # B A
     tokens,  # S
     threshold,  # of 16 random bits: what is below is dropped
@@ -90,7 +93,8 @@ def _attention_forward(
     DROPS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    low, high = seed_words(seed)
+    if DROPS:
+        low, high = seed_words(seed)
     real = tl.arange(0, T) < tokens
     for one in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=STAGES):
         text, head = tl.cast(one // A, tl.int64), one % A
@@ -100,7 +104,7 @@ def _attention_forward(
         q = tl.load(qkv + at, mask=real[:, None], other=0.0)
         k = tl.load(qkv + A * D + at, mask=real[:, None], other=0.0)
         v = tl.load(qkv + 2 * A * D + at, mask=real[:, None], other=0.0)
-        s = _scores(q, k, seen, text, tokens, scale, T)
+        s = _scores(q, k, pair, seen, text, head, tokens, scale, T)
         most = tl.max(s, 1)
         p = tl.exp2(s - most[:, None])
         total = tl.sum(p, 1)
@@ -122,10 +126,12 @@ def _store_sums(sums, column, value, P: tl.constexpr, R: tl.constexpr, C: tl.con
 @triton.jit(do_not_specialize=["count", "tokens", "threshold"])
 def _attention_backward(
     qkv,  # (B, S, 3, A, d) float32 or bfloat16, in
+    pair,  # (A, S, S) or None, in
     seen,  # (B, S) bool or None, in
     lse,  # (B, A, S) float32, in
     do,  # (B, S, A, d), in
     dqkv,  # (B, S, 3, A, d), out
+    dpair,  # (P, T, T) float32 or None, out: of a program's texts; P is a multiple of A, so that they have one head
     sums,  # (B, T / R, 2, A, d) float32, out: dq and dv, of R rows each
     seed,  # (1,) int64, in
     count,
@@ -140,8 +146,11 @@ def _attention_backward(
     DROPS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    low, high = seed_words(seed)
+    if DROPS:
+        low, high = seed_words(seed)
     real = tl.arange(0, T) < tokens
+    if pair is not None:
+        to_pair = tl.zeros((T, T), tl.float32)
     for one in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=STAGES):
         text, head = tl.cast(one // A, tl.int64), one % A
         token = text * tokens + tl.arange(0, T)
@@ -154,7 +163,7 @@ def _attention_backward(
         first = (text * A + head) * tokens
         # Rows that are not there have probabilities 0.
         level = tl.load(lse + first + tl.arange(0, T), mask=real, other=float("inf"))
-        p = tl.exp2(_scores(q, k, seen, text, tokens, scale, T) - level[:, None])
+        p = tl.exp2(_scores(q, k, pair, seen, text, head, tokens, scale, T) - level[:, None])
         dp = tl.dot(g, tl.trans(v), input_precision="ieee")
         if DROPS:
             keep = _kept(first, low, high, threshold, T)
@@ -166,23 +175,28 @@ def _attention_backward(
         dv = tl.dot(tl.trans(used), g, input_precision="ieee")
         tl.store(dqkv + 2 * A * D + at, dv, mask=real[:, None])
         _store_sums(total + A * D, column, dv, T // R, R, 2 * A * D)
-        ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(v.dtype)
+        ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+        if pair is not None:
+            to_pair += ds
+        ds = ds.to(v.dtype)
         dq = tl.dot(ds, k, input_precision="ieee") * (scale * LN_2)
         tl.store(dqkv + at, dq, mask=real[:, None])
         _store_sums(total, column, dq, T // R, R, 2 * A * D)
         dk = tl.dot(tl.trans(ds), q, input_precision="ieee") * (scale * LN_2)
         tl.store(dqkv + A * D + at, dk, mask=real[:, None])
+    if pair is not None:
+        tl.store(dpair + (tl.program_id(0) * T + tl.arange(0, T))[:, None] * T + tl.arange(0, T)[None, :], to_pair)
 
 
 _fitting: dict[tuple[object, ...], int] = {}  # stages that were found to fit
 
 
-def _launch(kernel: Any, arguments: tuple[Any, ...], config: AttentionConfig, device: torch.device, **constants: Any) -> None:
+def _launch(kernel: Any, arguments: tuple[Any, ...], grid: int, config: AttentionConfig, **constants: Any) -> None:
     """With as many heads in flight as the shared memory of this GPU holds."""
-    key = (kernel.fn, device, arguments[1] is None, *constants.values())
+    key = (kernel.fn, arguments[0].device, *(argument is None for argument in arguments), *constants.values())
     for stages in range(_fitting.get(key, config.stages), 0, -1):
         try:
-            kernel[(programs(device, arguments[-5], config.programs),)](*arguments, **constants, STAGES=stages, num_warps=config.warps)
+            kernel[(grid,)](*arguments, **constants, STAGES=stages, num_warps=config.warps)
         except OutOfResources:
             if stages == 1:
                 raise
@@ -192,32 +206,38 @@ def _launch(kernel: Any, arguments: tuple[Any, ...], config: AttentionConfig, de
 
 
 def attention_forward(
-    qkv_BSC: Tensor, seen_BS: Tensor | None, heads: int, p: float, seed: Tensor, out_BSH: Tensor, lse_BAS: Tensor,
-    config: AttentionConfig | None = None,
+    qkv_BSC: Tensor, pair_ASS: Tensor | None, seen_BS: Tensor | None, heads: int, p: float, seed: Tensor | None, out_BSH: Tensor,
+    lse_BAS: Tensor, config: AttentionConfig | None = None,
 ) -> None:  # fmt: skip
     """Fills the last two tensors: the answer, and the logarithm to base 2 of the sum of each row's exponentials."""
     texts, tokens, width = qkv_BSC.shape
     size, tile = width // (3 * heads), tile_tokens(tokens)
-    numbers = (texts * heads, tokens, *threshold_and_scale(p), LOG2_E / size**0.5)
+    config = config or FORWARD[tile]
+    numbers = (texts * heads, tokens, *threshold_and_scale(p), LOG2_E.value / size**0.5)
     _launch(
-        _attention_forward, (qkv_BSC, seen_BS, out_BSH, lse_BAS, seed, *numbers), config or FORWARD[tile], qkv_BSC.device,
-        A=heads, D=size, T=tile, DROPS=p > 0,
+        _attention_forward, (qkv_BSC, pair_ASS, seen_BS, out_BSH, lse_BAS, seed, *numbers),
+        programs(qkv_BSC.device, texts * heads, config.programs), config, A=heads, D=size, T=tile, DROPS=p > 0,
     )  # fmt: skip
 
 
 def attention_backward(
-    do_BSH: Tensor, qkv_BSC: Tensor, seen_BS: Tensor | None, lse_BAS: Tensor, heads: int, p: float, seed: Tensor, dqkv_BSC: Tensor,
-    config: AttentionConfig | None = None,
-) -> Tensor:  # fmt: skip
-    """Fills ``dqkv_BSC``. Returns (C,) float32, its sum over tokens: the gradient of the biases in qkv. That of k's is zero, for what is
-    added to all scores of a row changes no probability."""
+    do_BSH: Tensor, qkv_BSC: Tensor, pair_ASS: Tensor | None, seen_BS: Tensor | None, lse_BAS: Tensor, heads: int, p: float,
+    seed: Tensor | None, dqkv_BSC: Tensor, config: AttentionConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Fills ``dqkv_BSC``. Returns its sum over tokens (C,), the gradient of the biases in qkv, and that of ``pair_ASS``. Of the biases that
+    of k's is zero, for what is added to all scores of a row changes no probability."""
     texts, tokens, width = qkv_BSC.shape
     size, tile = width // (3 * heads), tile_tokens(tokens)
+    config = config or BACKWARD[tile]
+    grid = programs(qkv_BSC.device, texts * heads, config.programs)
+    grid = grid if pair_ASS is None else max(1, grid // heads) * heads
     sums = lse_BAS.new_empty(texts * (tile // PART), 2, width // 3)
-    numbers = (texts * heads, tokens, *threshold_and_scale(p), LOG2_E / size**0.5)
+    dpair = None if pair_ASS is None else lse_BAS.new_empty(grid // heads, heads, tile, tile)
+    numbers = (texts * heads, tokens, *threshold_and_scale(p), LOG2_E.value / size**0.5)
     _launch(
-        _attention_backward, (qkv_BSC, seen_BS, lse_BAS, do_BSH, dqkv_BSC, sums, seed, *numbers), config or BACKWARD[tile], qkv_BSC.device,
+        _attention_backward, (qkv_BSC, pair_ASS, seen_BS, lse_BAS, do_BSH, dqkv_BSC, dpair, sums, seed, *numbers), grid, config,
         A=heads, D=size, T=tile, R=PART, DROPS=p > 0,
     )  # fmt: skip
-    of_q, of_v = sums.sum(0)
-    return torch.cat([of_q, torch.zeros_like(of_q), of_v])
+    db_C = qkv_BSC.new_zeros(width)
+    sum_rows(sums.flatten(1), db_C, width // 3)
+    return db_C, None if dpair is None else dpair.sum(0)[:, :tokens, :tokens].to(qkv_BSC.dtype)

@@ -19,6 +19,7 @@ DROPOUT = tl.constexpr(STREAM)
 # Fastest on an H200 (H = 768).
 ELEMENTS, WARPS = 2048, 2  # of a tile, about
 PROGRAMS, STAGES = 4, 3  # of the backward pass: a processor; tiles in flight
+SUM_ROWS, SUM_COLUMNS = 256, 16  # of a tile of what its programs leave
 
 
 @triton.jit
@@ -26,6 +27,25 @@ def seed_words(seed):
     """The two halves of the int64 at ``seed``."""
     whole = tl.load(seed)
     return whole & 0xFFFFFFFF, (whole >> 32) & 0xFFFFFFFF
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "gap"])
+def _sum_rows(
+    parts,  # (P, C) float32, in
+    out,  # (C,), out; or (C + gap,)
+    rows,  # P
+    columns,  # C
+    gap,  # this many of ``out`` are left out, behind as many that are written
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        total += tl.load(parts + row[:, None].to(tl.int64) * columns + column[None, :], mask=mask, other=0.0)
+    tl.store(out + column + tl.where(column < gap, 0, gap), tl.sum(total, 0), mask=column < columns)
 
 
 @triton.jit
@@ -47,7 +67,7 @@ def _norm_forward(
     y,  # (M, H), out
     mean,  # (M,) float32, out
     rstd,  # (M,) float32, out: 1 / the deviation
-    seed,  # (1,) int64, in
+    seed,  # (1,) int64, in, or None: nothing is dropped
     rows,  # M
     threshold,  # of 16 random bits: what is below is dropped
     keep_scale: tl.float32,
@@ -102,7 +122,8 @@ def _norm_backward(
     column = tl.arange(0, COLUMNS)
     real = column < H
     w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
-    low, high = seed_words(seed)
+    if DROPS:
+        low, high = seed_words(seed)
     db = tl.zeros((R, COLUMNS), tl.float32)
     dw = tl.zeros((R, COLUMNS), tl.float32)
     dc = tl.zeros((R, COLUMNS), tl.float32)
@@ -132,6 +153,13 @@ def _norm_backward(
     tl.store(at + 2 * H, tl.sum(dc, 0), mask=real)
 
 
+def sum_rows(parts_PC: Tensor, out_C: Tensor, gap: int = 0) -> None:
+    """Fills ``out_C`` with what programs left, summed in a fixed order; but ``gap`` of it, behind as many, where that is not 0."""
+    rows, columns = parts_PC.shape
+    grid = (triton.cdiv(columns, SUM_COLUMNS),)
+    _sum_rows[grid](parts_PC, out_C, rows, columns, gap, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=8)
+
+
 def tile_rows(columns: int) -> int:
     return max(1, ELEMENTS // columns)
 
@@ -143,7 +171,7 @@ def programs(device: torch.device, tiles: int, each: int) -> int:
 
 
 def norm_forward(
-    x_MH: Tensor, b_H: Tensor, r_MH: Tensor, w_H: Tensor, c_H: Tensor, p: float, eps: float, seed: Tensor,
+    x_MH: Tensor, b_H: Tensor, r_MH: Tensor, w_H: Tensor, c_H: Tensor, p: float, eps: float, seed: Tensor | None,
     h_MH: Tensor, y_MH: Tensor, mean_M: Tensor, rstd_M: Tensor,
 ) -> None:  # fmt: skip
     """Fills the last four."""
@@ -157,9 +185,9 @@ def norm_forward(
 
 
 def norm_backward(
-    dy_MH: Tensor, h_MH: Tensor, w_H: Tensor, mean_M: Tensor, rstd_M: Tensor, p: float, seed: Tensor, dr_MH: Tensor, dx_MH: Tensor
+    dy_MH: Tensor, h_MH: Tensor, w_H: Tensor, mean_M: Tensor, rstd_M: Tensor, p: float, seed: Tensor | None, dr_MH: Tensor, dx_MH: Tensor
 ) -> Tensor:
-    """Fills the last two, which may be one where nothing is dropped. Returns (3, H) float32: gradients of b, w and c."""
+    """Fills the last two, which may be one where nothing is dropped. Returns (3, H): gradients of b, w and c."""
     rows, width = dy_MH.shape
     columns = max(8, triton.next_power_of_2(width))
     count = tile_rows(columns)
@@ -169,4 +197,6 @@ def norm_backward(
         dy_MH, h_MH, w_H, mean_M, rstd_M, dr_MH, dx_MH, sums, seed, rows, *threshold_and_scale(p),
         H=width, COLUMNS=columns, R=count, DROPS=p > 0, STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
-    return sums.sum(0)
+    total_3H = w_H.new_empty(3, width)
+    sum_rows(sums.flatten(1), total_3H)
+    return total_3H

@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from haste_kernels import triton_attention, triton_gelu, triton_norm, tuning
+from haste_kernels.encoder_ops import LONGEST_PAIRED
 from haste_launch.bench_case import BACKWARD, FORWARD, HEAD, TAIL, TOPK, Case
 from haste_launch.bench_tune import META, tunables
 
@@ -59,8 +60,9 @@ def encoder_passes() -> Iterator[tuple[str, Callable[[], object]]]:
     for tokens in (32, 64, 128):
         qkv, x, lse = made(8, tokens, 3 * size), made(8, tokens, size), made(8, heads, tokens, dtype=torch.float32)
         seen = made(8, tokens, dtype=torch.bool)
-        yield f"attention {tokens}", partial(triton_attention.attention_forward, qkv, seen, heads, 0.1, seed, x, lse)
-        yield f"attention {tokens}", partial(triton_attention.attention_backward, x, qkv, seen, lse, heads, 0.1, seed, qkv)
+        for pair in (None, made(heads, tokens, tokens))[: 1 + (tokens <= LONGEST_PAIRED)]:
+            yield f"attention {tokens}", partial(triton_attention.attention_forward, qkv, pair, seen, heads, 0.1, seed, x, lse)
+            yield f"attention {tokens}", partial(triton_attention.attention_backward, x, qkv, pair, seen, lse, heads, 0.1, seed, qkv)
     x, w, row = made(256, size), made(size), made(256, dtype=torch.float32)
     yield "norm", partial(triton_norm.norm_forward, x, w, x, w, w, 0.1, 1e-5, seed, x, x, row, row)
     yield "norm", partial(triton_norm.norm_backward, x, x, w, row, row, 0.1, seed, x, x)

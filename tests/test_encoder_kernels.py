@@ -73,18 +73,19 @@ def test_small_values_of_gelu_keep_their_digits() -> None:
     assert ((mine.double() - exact) / exact).abs().max() < 2e-3  # bfloat16 keeps 4e-3
 
 
-ATTENTION = [  # texts, tokens, heads, width, p, whether some keys are hidden
-    (2, 24, 3, 16, 0.2, True),
-    (3, 16, 2, 32, 0.0, False),
-    (2, 5, 2, 16, 0.5, True),
-    (5, 40, 1, 16, 0.5, False),
-    (1, 100, 1, 16, 0.3, True),
+ATTENTION = [  # texts, tokens, heads, width, p, whether some keys are hidden, whether pairs of places have scores of their own
+    (2, 24, 3, 16, 0.2, True, True),
+    (3, 16, 2, 32, 0.0, False, False),
+    (2, 5, 2, 16, 0.5, True, False),
+    (5, 40, 1, 16, 0.5, False, True),
+    (7, 9, 3, 16, 0.0, False, True),
+    (1, 100, 1, 16, 0.3, True, False),
 ]
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("texts", "tokens", "heads", "width", "p", "hides"), ATTENTION)
-def test_attention(texts: int, tokens: int, heads: int, width: int, p: float, hides: bool) -> None:
+@pytest.mark.parametrize(("texts", "tokens", "heads", "width", "p", "hides", "paired"), ATTENTION)
+def test_attention(texts: int, tokens: int, heads: int, width: int, p: float, hides: bool, paired: bool) -> None:
     triton_attention = pytest.importorskip("haste_kernels.triton_attention")
     torch.manual_seed(tokens)
     size = heads * width
@@ -93,13 +94,18 @@ def test_attention(texts: int, tokens: int, heads: int, width: int, p: float, hi
     if hides:
         seen = torch.rand(texts, tokens) < 0.7
         seen[:, 0] = True
-    o, [dqkv] = gradients(lambda qkv: reference.attention(qkv, seen, heads, p, SEED), [qkv], do)
+    pair = torch.randn(heads, tokens, tokens) if paired else None
+    inputs = [qkv] if pair is None else [qkv, pair]
+    o, [dqkv, *dpair] = gradients(lambda qkv, pair=None: reference.attention(qkv, seen, heads, p, SEED, pair), inputs, do)
     mine, lse, to_qkv = poisoned(texts, tokens, size), poisoned(texts, heads, tokens), poisoned(texts, tokens, 3 * size)
-    triton_attention.attention_forward(qkv, seen, heads, p, SEED, mine, lse)
+    triton_attention.attention_forward(qkv, pair, seen, heads, p, SEED, mine, lse)
     close(mine, o, "answer")
-    to_b = triton_attention.attention_backward(do, qkv, seen, lse, heads, p, SEED, to_qkv)
+    to_b, to_pair = triton_attention.attention_backward(do, qkv, pair, seen, lse, heads, p, SEED, to_qkv)
     close(to_qkv, dqkv, "gradient of qkv")
     close(to_b, dqkv.sum((0, 1)), "gradient of the biases")
+    assert (to_pair is None) == (pair is None)
+    if to_pair is not None:
+        close(to_pair, dpair[0], "gradient of the pairs")
 
 
 @needs_interpreter
@@ -107,10 +113,10 @@ def test_a_text_of_padding_alone_makes_no_nan() -> None:
     triton_attention = pytest.importorskip("haste_kernels.triton_attention")
     qkv, seen = torch.randn(2, 6, 48), torch.tensor([[True] * 6, [False] * 6])
     out, lse, to_qkv = poisoned(2, 6, 16), poisoned(2, 1, 6), poisoned(2, 6, 48)
-    triton_attention.attention_forward(qkv, seen, 1, 0.1, SEED, out, lse)
+    triton_attention.attention_forward(qkv, None, seen, 1, 0.1, SEED, out, lse)
     do = torch.randn(2, 6, 16)
     do[1] = 0  # of which no loss knows
-    triton_attention.attention_backward(do, qkv, seen, lse, 1, 0.1, SEED, to_qkv)
+    triton_attention.attention_backward(do, qkv, None, seen, lse, 1, 0.1, SEED, to_qkv)
     assert out.isfinite().all()
     assert to_qkv.isfinite().all()
     assert not to_qkv[1].any()

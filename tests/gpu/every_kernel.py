@@ -102,16 +102,15 @@ def layers() -> None:
 def encoders() -> None:
     """A transformer's layer: every tile of attention, with and without padding and dropout."""
     seed = torch.tensor([2**40 + 3], device=CUDA)
-    for tokens, heads, width, p, hides in (
-        (20, 2, 32, 0.1, True),
-        (50, 3, 64, 0.0, False),
-        (100, 1, 16, 0.3, True),
-        (128, 2, 64, 0.1, False),
-    ):
+    for tokens, heads, width, p, hides, paired in (
+        (20, 2, 32, 0.1, True, True), (50, 3, 64, 0.0, False, True), (50, 2, 64, 0.1, True, False), (100, 1, 16, 0.3, True, False),
+        (128, 2, 64, 0.1, False, False),
+    ):  # fmt: skip
         size = heads * width
         x_BSH, w_CH = normal(7, tokens, size, dtype=BF16).requires_grad_(), normal(3 * size, size, dtype=BF16).requires_grad_()
         seen = (torch.rand(7, tokens) < 0.8).to(CUDA) if hides else None
-        c_BSH, r_BSH = encoder_ops.attend(x_BSH, w_CH, normal(3 * size, dtype=BF16), seen, heads, p, seed)
+        pair = normal(heads, tokens, tokens, dtype=BF16).requires_grad_() if paired else None
+        c_BSH, r_BSH = encoder_ops.attend(x_BSH, w_CH, normal(3 * size, dtype=BF16), seen, heads, p, seed, pair)
         norm = [normal(size, dtype=BF16).requires_grad_() for _ in range(3)]
         y_MH = encoder_ops.dropout_add_norm(c_BSH.flatten(0, 1), norm[0], r_BSH.flatten(0, 1), *norm[1:], p, 1e-5, seed)
         z_MC, r_MH = encoder_ops.widen(y_MH, normal(300, size, dtype=BF16), normal(300, dtype=BF16).requires_grad_())

@@ -50,17 +50,18 @@ def compare(mine: Any, plain: Any, inputs: list[Tensor], given: Tensor, shared: 
 
 
 @pytest.mark.parametrize(
-    ("texts", "tokens", "heads", "width", "p", "hides"),
+    ("texts", "tokens", "heads", "width", "p", "hides", "paired"),
     [
-        (6, 128, 3, 64, 0.1, True),
-        (40, 77, 12, 64, 0.1, False),
-        (50, 20, 12, 32, 0.1, True),
-        (300, 50, 12, 32, 0.0, False),
-        (9, 128, 2, 128, 0.2, True),
-        (3, 1, 2, 16, 0.0, False),
+        (6, 128, 3, 64, 0.1, True, False),
+        (40, 77, 12, 64, 0.1, False, False),
+        (50, 20, 12, 32, 0.1, True, True),
+        (300, 50, 12, 32, 0.0, False, False),
+        (90, 64, 12, 64, 0.1, True, True),
+        (9, 128, 2, 128, 0.2, True, False),
+        (3, 1, 2, 16, 0.0, False, False),
     ],
 )
-def test_attention_is_as_exact_as_plain_torch(texts: int, tokens: int, heads: int, width: int, p: float, hides: bool) -> None:
+def test_attention_is_as_exact_as_plain_torch(texts: int, tokens: int, heads: int, width: int, p: float, hides: bool, paired: bool) -> None:
     torch.manual_seed(tokens)
     size, seed = heads * width, torch.tensor([2**61 + tokens], device=CUDA)
     seen = None
@@ -68,12 +69,14 @@ def test_attention_is_as_exact_as_plain_torch(texts: int, tokens: int, heads: in
         seen = torch.rand(texts, tokens, device=CUDA) < 0.7
         seen[:, 0] = True
     inputs = [normal(texts, tokens, size), normal(3 * size, size) / size**0.5, normal(3 * size)]
+    if paired:
+        inputs.append(normal(heads, tokens, tokens))
 
-    def plain(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.attention(x @ w.T + b, seen, heads, p, seed), x * 1
+    def plain(x: Tensor, w: Tensor, b: Tensor, pair: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return reference.attention(x @ w.T + b, seen, heads, p, seed, pair), x * 1
 
-    def mine(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.attend(x, w, b, seen, heads, p, seed)
+    def mine(x: Tensor, w: Tensor, b: Tensor, pair: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.attend(x, w, b, seen, heads, p, seed, pair)
 
     if tokens == 1:  # its only probability is 1, whatever q and k are: their gradients are 0
         c_BSH, _ = mine(*inputs)
