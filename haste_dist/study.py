@@ -178,7 +178,7 @@ def append_records(row: Row, rows: Sequence[Row], folder: Path) -> None:
     shape = {"L": row["labels"], "N": row["batch"], "D": row["width"], "F": row["fan_in"], "G": row["group"], "W": row["ranks"]}
     names = [name for name, value in row.items() if name.endswith("_ms") and value is not None]
     names += ["labels", "samples_per_s", "tokens_per_s", "peak_gib", "planned_gib", "state_gib", "tokens", "head_rows"]
-    names += ["encoder_parameters", "checkpointing", "compiled", "graphs", "attention"]
+    names += ["encoder_parameters", "checkpointing", "compiled", "fused", "graphs", "attention"]
     figures = {name: float(f"{row[name]:.5g}") if isinstance(row[name], float) else row[name] for name in names}
     if row.get("encoder_mfu") is not None:
         figures["mfu"] = float(f"{row['encoder_mfu']:.4g}")
