@@ -48,6 +48,7 @@ from haste_dist.verify import check_run_files, run_tail_width
 from haste_dist.world import choose_device
 
 NEW_STREAM = 5  # keeps the random streams of one seed apart
+LAYER = ("group_size", "fan_in", "head_features", "tail_features", "basis", "bias")  # output.* that its rows are made by
 SIMILAR_BYTES = 2**28  # similarities held at once
 
 
@@ -181,6 +182,10 @@ def check_words(config: Config, run: Path) -> None:
     ):
         if whole_address(mine) == whole_address(theirs):
             raise ConfigError(f"{name} {mine}: is that of the trained run; name another one for the grown data")
+    for name in LAYER:
+        mine, theirs = getattr(config.output, name), getattr(old.output, name)
+        if mine != theirs:
+            raise ConfigError(f"output.{name}={mine}: new labels join the layer of {run}, which has {theirs}; set it to that")
     check_free(config.run.folder)
 
 

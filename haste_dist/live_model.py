@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
@@ -21,6 +22,7 @@ from haste_dist.errors import HasteError
 from haste_dist.export import is_export
 from haste_dist.manifest import first_line
 from haste_dist.predictor import EXPORTED, Embedder, ModelFiles
+from haste_kernels.encoder_ops import TILES
 from haste_kernels.topk import merge_topk
 
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -81,8 +83,12 @@ class LiveModel:
         self.current = self.load(wanted(self.folder, name))
 
     def warm(self, most: int) -> None:
-        """Compiles for up to ``most`` texts at once: before requests."""
-        compile_kernels(self.current.labels, self.embed(self.current, ["first"]).dtype, most)
+        """Compiles for texts of any length, and up to ``most`` at once: before requests."""
+        model = self.current
+        lengths = text_lengths(model.files.config.data.max_length) if model.labels.device.type == "cuda" else [1]
+        for tokens in lengths:
+            x_ND = model.embedder.embed(pa.array([[model.embedder.pad_id] * tokens], pa.list_(pa.int32())))
+        compile_kernels(model.labels, x_ND.dtype, most)
 
     def load(self, version: str) -> Current:
         """Reads it beside the current one. Raises HasteError."""
@@ -175,6 +181,11 @@ def batch_sizes(most: int) -> list[int]:
     top = 1 << (most - 1).bit_length()
     powers = {1 << i for i in range(top.bit_length())}
     return sorted(powers | {power - 1 for power in powers if power > 16}, reverse=True)
+
+
+def text_lengths(longest: int) -> list[int]:
+    """Tokens of texts, of which each text of up to ``longest`` has one that takes the same compiled kernels of the encoder."""
+    return sorted({longest, *itertools.takewhile(lambda tokens: tokens < longest, TILES)})
 
 
 @torch.no_grad()

@@ -156,7 +156,11 @@ class Predictor:
         """The ``k`` best labels of each text, best first; fewer only where the model has fewer."""
         if isinstance(texts, str):
             raise TypeError("predict takes a list of texts; put the one text into a list")
-        labels, logits = self.topk(list(texts), k)
+        texts = list(texts)
+        for at, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"predict takes a list of texts; number {at} is {text!r:.60}, a {type(text).__name__}")
+        labels, logits = self.topk(texts, k)
         return [
             [Ranked(label, text, score) for label, text, score in zip(ids[ids >= 0].tolist(), names, scores.tolist(), strict=False)]
             for ids, names, scores in zip(labels, self.files.names.rows(labels), self.files.calibration(logits), strict=True)

@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from haste_kernels import encoder_reference as reference
 from haste_kernels.backend import use_triton
 
-LONGEST = 128  # tokens of a text that ``attend`` takes
+TILES = (32, 64, 128)  # tokens that ``attend``'s kernels are made for; a text takes the first that holds it
+LONGEST = TILES[-1]
 LONGEST_PAIRED = 64  # with ``pair_ASS``, whose gradient takes as many registers as the scores
 HEAD_WIDTHS = (16, 32, 64, 128)
 SHARED_BYTES = 163 << 10  # of a program, where the GPU does not say: an A100's
@@ -45,7 +46,7 @@ def takes_heads(x_BSH: Tensor, width: int, paired: bool = False) -> bool:
 
 def tile_tokens(tokens: int) -> int:
     """T, a power of 2."""
-    return max(32, 1 << (tokens - 1).bit_length())
+    return max(TILES[0], 1 << (tokens - 1).bit_length())
 
 
 def random_seeds(count: int, device: torch.device) -> tuple[Tensor, ...]:

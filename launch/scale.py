@@ -50,7 +50,7 @@ def scale(config: Config, words: Words) -> int:
         if not cuda and not config.launch.threads:  # else one rank would have all cores, and more ranks no more of them
             config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, threads=1))
         console = Console(stderr=True, highlight=False, soft_wrap=True)
-        usual = most if cuda or config.launch.ranks else min(most, CPU_RANKS)
+        usual = most if cuda else config.launch.ranks or min(most, CPU_RANKS)
         ranks = choose_ranks(words, most, usual)
         said, words = words, filled(words, config, ranks, cuda)
         if not said.batch and words.batch != [config.train.batch_size]:
@@ -139,7 +139,7 @@ def _most_ranks(config: Config, resources: dict[str, float]) -> tuple[int, bool]
     """The most ranks there can be here, and whether each has a GPU."""
     anything = dataclasses.replace(config, launch=dataclasses.replace(config.launch, ranks=0))
     gpus, on_gpu = count_ranks(anything, resources)
-    return (gpus, True) if on_gpu else (config.launch.ranks or max(1, int(resources.get("CPU", 1))), False)
+    return (gpus, True) if on_gpu else (max(1, config.launch.ranks, int(resources.get("CPU", 1))), False)
 
 
 def _device(cuda: bool) -> str:

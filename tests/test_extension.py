@@ -202,5 +202,7 @@ def test_what_cannot_be_added_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
         check_words(grown_config(config, tmp_path / "new", f"data.prepared={config.data.prepared}"), run)
     with pytest.raises(ConfigError, match=r"data.dev_fraction=0.1: it would hold out texts that .* has trained on"):
         check_words(grown_config(config, tmp_path / "new", "data.dev_fraction=0.1"), run)
+    with pytest.raises(ConfigError, match=r"output.group_size=64: new labels join the layer of .*, which has 16; set it to that"):
+        check_words(grown_config(config, tmp_path / "new", "output.group_size=64"), run)
     assert cli.main(["labels", "add", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
     assert "no run folder" in capsys.readouterr().err

@@ -14,15 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_prepared
 
-from haste_dist import deployments
+from haste_dist import deployments, live_model
 from haste_dist.checkpoint import complete, point, step_of
 from haste_dist.config import Config
 from haste_dist.export import export
-from haste_dist.live_model import LabelPart, LiveModel, asked_for, batch_sizes, compile_kernels, merged
+from haste_dist.live_model import LabelPart, LiveModel, asked_for, batch_sizes, compile_kernels, merged, text_lengths
 from haste_dist.predictor import Predictor
 from haste_dist.train import train
 from haste_dist.use_config import ServeConfig
 from haste_dist.world import join_world
+from haste_kernels.encoder_ops import LONGEST, tile_tokens
 
 SECONDS = 60
 TEXTS = ["w0 w1 w14", "w7 w8 w9 w21", "w3", "w190 w2 w5 w6 w7"]
@@ -246,6 +247,33 @@ def test_each_batch_finds_its_kernels_compiled(most: int, data: st.DataObject) -
     n = data.draw(st.integers(1, most))
     assert compiled_for(n) in map(compiled_for, batch_sizes(most))
     assert max(batch_sizes(most)) < 2 * most
+
+
+@given(st.integers(1, 600), st.data())
+def test_each_text_finds_its_kernels_compiled(longest: int, data: st.DataObject) -> None:
+    """Longer texts than kernels of the encoder's take torch's, which are compiled already."""
+    tokens = data.draw(st.integers(1, longest))
+    lengths = text_lengths(longest)
+    assert max(lengths) == longest
+    assert tokens > LONGEST or tile_tokens(tokens) in map(tile_tokens, lengths)
+
+
+def test_the_encoder_is_warm_for_all_lengths_on_a_gpu_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = LiveModel(run, "best", "cpu")
+    embed, seen = live.current.embedder.embed, []
+
+    def noted(tokens: Any) -> torch.Tensor:
+        seen.append([len(one) for one in tokens.to_pylist()])
+        return embed(tokens)
+
+    monkeypatch.setattr(live.current.embedder, "embed", noted)
+    monkeypatch.setattr(live_model, "compile_kernels", lambda *_: None)
+    live.warm(4)
+    assert seen == [[1]]
+    monkeypatch.setattr(live.current.labels, "device", torch.device("cuda"))
+    seen.clear()
+    live.warm(4)
+    assert seen == [[tokens] for tokens in text_lengths(live.current.files.config.data.max_length)]
 
 
 def test_kernels_are_compiled_for_all_batches_on_a_gpu_alone() -> None:

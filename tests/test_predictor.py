@@ -73,6 +73,8 @@ def test_predictions_do_not_depend_on_their_company(trained: Config) -> None:
     assert len(model.predict(["w1"], k=1000)[0]) == 101, "no more labels than there are"
     with pytest.raises(TypeError, match="list"):
         model.predict("w1 w2")
+    with pytest.raises(TypeError, match="takes a list of texts; number 1 is 3, a int"):
+        model.predict(["w1", 3])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="one label"):
         model.predict(["w1"], k=0)
 

@@ -98,6 +98,15 @@ def test_labels_stay_and_labels_a_rank_grow_with_the_ranks() -> None:
     assert len(points) == len(set(points))
 
 
+def test_the_ranks_of_a_page_are_no_bound_for_those_asked_for() -> None:
+    page = Config()
+    assert scale._most_ranks(page, {"CPU": 3.0}) == (3, False)
+    page.launch.ranks = 1
+    assert scale._most_ranks(page, {"CPU": 3.0}) == (3, False)
+    page.launch.ranks = 5
+    assert scale._most_ranks(page, {"CPU": 3.0}) == (5, False)
+
+
 def test_ranks_are_powers_of_two_and_all_there_are() -> None:
     assert choose_ranks(words(), 6, 6) == [1, 2, 4, 6]
     assert choose_ranks(words(), 64, 4) == [1, 2, 4]
