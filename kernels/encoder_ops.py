@@ -35,13 +35,10 @@ def takes_heads(x_BSH: Tensor, width: int, paired: bool = False) -> bool:
     """Whether ``attend`` has kernels for texts of S tokens and heads of ``width`` features, or needs none; with ``pair_ASS``, if asked."""
     if not has_kernels(x_BSH):
         return True
-    tile = tile_tokens(x_BSH.shape[1])
-    room = getattr(None if x_BSH.is_meta else torch.cuda.get_device_properties(x_BSH.device), "shared_memory_per_block_optin", SHARED_BYTES)
-    return (
-        tile <= (LONGEST_PAIRED if paired else LONGEST)
-        and width in HEAD_WIDTHS
-        and tile * (tile + 4 * width) * x_BSH.element_size() <= room
-    )
+    tile, longest = tile_tokens(x_BSH.shape[1]), LONGEST_PAIRED if paired else LONGEST
+    known = torch.cuda.get_device_properties(x_BSH.device) if x_BSH.is_cuda else None
+    room = getattr(known, "shared_memory_per_block_optin", SHARED_BYTES)
+    return tile <= longest and width in HEAD_WIDTHS and tile * (tile + 4 * width) * x_BSH.element_size() <= room
 
 
 def tile_tokens(tokens: int) -> int:

@@ -13,6 +13,7 @@ from haste_dist.config import EncoderConfig
 from haste_dist.dry_run import dry_run
 from haste_dist.encoder import Encoder, build_encoder, compile_blocks, fuse_blocks
 from haste_dist.fused_layers import fuse_layers, is_fused
+from haste_kernels import encoder_ops
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -43,7 +44,7 @@ def results(encoder: nn.Module, tokens: int, hides: bool) -> list[torch.Tensor]:
     torch.manual_seed(3)
     x_BD = encoder(ids, mask if hides else None)
     encoder.zero_grad()
-    x_BD.backward(given)
+    x_BD.backward(given.to(x_BD.dtype))
     return [x_BD.detach(), *(p.grad for p in encoder.parameters() if p.grad is not None)]
 
 
@@ -57,6 +58,20 @@ def test_embeddings_and_gradients_are_those_of_the_layers_before(family: str) ->
     for tokens, hides in ((9, False), (20, True), (133, True)):
         for own, ours in zip(results(plain, tokens, hides), results(fused, tokens, hides), strict=True):
             torch.testing.assert_close(ours, own, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels themselves")
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_so_they_are_by_the_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, in float32: what a GPU runs, but for its types. Texts of 70 tokens are too long for MPNet's attention."""
+    pytest.importorskip("triton")
+    plain = Encoder(make_model(family)).train()
+    truth, fused = copy.deepcopy(plain).double(), copy.deepcopy(plain)
+    fuse_layers(fused.model)
+    monkeypatch.setattr(encoder_ops, "has_kernels", lambda _: True)
+    for tokens, hides in ((9, False), (20, True), *([(70, True)] if family == "mpnet" else [])):
+        for exact, ours in zip(results(truth, tokens, hides), results(fused, tokens, hides), strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_only_where_it_trains() -> None:
