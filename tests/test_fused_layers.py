@@ -74,20 +74,28 @@ def test_so_they_are_by_the_kernels(family: str, monkeypatch: pytest.MonkeyPatch
             torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_only_where_it_trains() -> None:
-    """Three places of a layer: each alone makes two passes differ in training, none in evaluation."""
-    for places in ({"hidden_dropout_prob": 0.5}, {"attention_probs_dropout_prob": 0.5}):
-        encoder = Encoder(make_model("bert", **places))
-        encoder.model.embeddings.dropout.p = 0.0  # type: ignore[union-attr, assignment]
-        fuse_layers(encoder.model)
-        ids = torch.randint(5, 100, (2, 9))
-        one, other = (encoder.train()(ids, None) for _ in range(2))
-        assert not torch.equal(one, other)
-        torch.manual_seed(5)
-        one = encoder(ids, None)
-        torch.manual_seed(5)
-        assert torch.equal(one, encoder(ids, None))
-        assert torch.equal(encoder.eval()(ids, None), encoder(ids, None))
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+@pytest.mark.parametrize("place", ["attention", "attention's output", "output"])
+def test_dropout_only_where_it_trains(family: str, place: str) -> None:
+    """Each of a layer's three places alone makes two passes differ in training, and none in evaluation; a seed repeats it."""
+    encoder = Encoder(make_model(family))
+    fuse_layers(encoder.model)
+    layer: Any = encoder.model.encoder.layer[0]  # type: ignore[union-attr, index]
+    attention = layer.attention
+    places = {
+        "attention": attention.self.dropout if family == "bert" else attention.attn.dropout,
+        "attention's output": attention.output.dropout if family == "bert" else attention.dropout,
+        "output": layer.output.dropout,
+    }
+    places[place].p = 0.5
+    ids = torch.randint(5, 100, (2, 9))
+    one, other = (encoder.train()(ids, None) for _ in range(2))
+    assert not torch.equal(one, other)
+    torch.manual_seed(5)
+    one = encoder(ids, None)
+    torch.manual_seed(5)
+    assert torch.equal(one, encoder(ids, None))
+    assert torch.equal(encoder.eval()(ids, None), encoder(ids, None))
 
 
 def test_activations_made_again_are_the_same() -> None:
