@@ -67,7 +67,7 @@ def train_step(
         mask_bS = batch.attention_mask.to(device, non_blocking=True).tensor_split(passes)
 
     def forward(i: int, graph: bool) -> Tensor:
-        torch.manual_seed(dropout_seed(seed, step, world.rank, i))
+        seed_generators(dropout_seed(seed, step, world.rank, i), device)
         return engine.forward(ids_bS[i], mask_bS[i], graph)
 
     x_bD = [forward(i, graph=i == passes - 1) for i in range(passes)]
@@ -102,6 +102,14 @@ def train_step(
 def dropout_seed(seed: int, step: int, rank: int, number: int) -> int:
     """Of dropout inside the encoder: a function of place, so that a resumed run and a repeated pass draw what was drawn before."""
     return (((number * 2**31 + seed) * 1_000_003 + step) * 65_537 + rank) % 2**63
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Of the host and of ``device``. ``torch.manual_seed`` asks all kinds of devices that torch knows, and notes its caller for each that is
+    not there: a tenth of the host's work in a step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index].manual_seed(seed)
 
 
 def predict_batch(engine: EncoderEngine, classifier: Classifier, batch: Batch, world: World, k: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Predictions over all shards are those of one rank: the same rows, and the same scores to the bit."""
+"""Predictions over all shards are those of one rank: the same rows, and the same scores to the bit. What a step draws its dropout from."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from haste_dist.classifier import Classifier
 from haste_dist.config import load_config
 from haste_dist.loader import Batch
 from haste_dist.sharding import batch_share, label_shard
-from haste_dist.step import predict_batch
+from haste_dist.step import predict_batch, seed_generators
 from haste_dist.world import World
 from haste_kernels import merge_topk
 
@@ -71,3 +71,11 @@ def predict(world: World, cases: list[tuple[int, int, bool]]) -> None:
 @pytest.mark.slow
 def test_four_ranks_predict_what_one_predicts() -> None:
     run_ranks(4, predict, [(500, 10, False), (500, 400, False), (23, 7, True), (2, 600, True)])
+
+
+def test_generators_are_seeded_as_torch_does_it() -> None:
+    torch.manual_seed(2**62 + 7)
+    expected = torch.rand(5)
+    torch.manual_seed(0)
+    seed_generators(2**62 + 7, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), expected)

@@ -16,7 +16,7 @@ from haste_dist.guards import Guard
 from haste_dist.label_groups import LabelOrder
 from haste_dist.loader import BatchMaker, open_texts
 from haste_dist.model import make_classifier, make_encoder, open_prepared
-from haste_dist.step import train_step
+from haste_dist.step import seed_generators, train_step
 from haste_dist.world import alone, join_world
 
 if not torch.cuda.is_available():
@@ -110,3 +110,13 @@ def test_nothing_grows_with_steps(tmp_path: Path) -> None:
     assert max(device) - min(device) <= 1 << 16
     assert len({reserved for _, reserved, _ in seen[1:]}) == 1
     assert seen[-1][2] - seen[1][2] <= 16 << 20
+
+
+def test_generators_are_seeded_as_torch_does_it() -> None:
+    for device in (torch.device("cuda"), torch.device("cuda", 0)):
+        torch.manual_seed(2**62 + 7)
+        expected = torch.rand(5), torch.rand(5, device=device)
+        torch.manual_seed(0)
+        seed_generators(2**62 + 7, device)
+        assert torch.equal(torch.rand(5), expected[0])
+        assert torch.equal(torch.rand(5, device=device), expected[1])
