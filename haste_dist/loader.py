@@ -72,6 +72,8 @@ class RaggedColumn:
         chunks = [c for c in column.chunks if len(c)]
         self._offsets = [c.offsets.to_numpy() for c in chunks]
         self._values = [c.values.to_numpy() for c in chunks]
+        # Half the time of arrays where rows are taken one by one, which holds up the thread that launches steps.
+        self._seen = [(memoryview(o), memoryview(v)) for o, v in zip(self._offsets, self._values, strict=True)]
         self._starts = np.concatenate([[0], np.cumsum([len(c) for c in chunks])]).astype(np.int64)
 
     def __getitem__(self, row: int) -> np.ndarray:
@@ -82,10 +84,11 @@ class RaggedColumn:
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The values of ``rows``, one row after another, and how many each row has."""
-        chunks = np.searchsorted(self._starts, rows, side="right") - 1
-        places = zip(chunks.tolist(), (rows - self._starts[chunks]).tolist(), strict=True)
-        parts = [self._values[chunk][self._offsets[chunk][at] : self._offsets[chunk][at + 1]] for chunk, at in places]
-        return np.concatenate([np.zeros(0, np.int32), *parts]), np.fromiter(map(len, parts), np.int64, len(parts))
+        chunks, parts = np.searchsorted(self._starts, rows, side="right") - 1, []
+        for chunk, at in zip(chunks.tolist(), (rows - self._starts[chunks]).tolist(), strict=True):
+            offsets, values = self._seen[chunk]
+            parts.append(values[offsets[at] : offsets[at + 1]])
+        return np.frombuffer(b"".join(parts), np.int32), np.fromiter(map(len, parts), np.int64, len(parts))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
