@@ -110,7 +110,8 @@ class EncoderConfig:
         True, "GPU: replay the passes of small batches as CUDA graphs (BERT-like models; not with compile or checkpointing)"
     )
     fused: bool = setting(
-        True, "GPU, bfloat16: own kernels for attention of texts of up to 128 tokens, GELU, dropout and norms, in layers of BERT's kind"
+        True,
+        "GPU, bfloat16: layers of BERT's kind by own kernels: attention of texts of up to 128 tokens (MPNet: 64), GELU, dropout and norms",
     )
     compile: bool = setting(False, "torch.compile of the encoder's blocks that are not fused: half a minute at the start")
     lora_rank: int = setting(

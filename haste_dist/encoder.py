@@ -72,7 +72,7 @@ class Encoder(nn.Module):
         if self.pooling == "cls":
             x_BD = hidden_BSD[:, 0]
         elif attention_mask is None:
-            x_BD = hidden_BSD.sum(1) / hidden_BSD.shape[1]  # the gradient of a mean is as large as all activations, this one's is not
+            x_BD = hidden_BSD.sum(1) / hidden_BSD.shape[1]  # of a mean, the gradient would be divided where it is spread over all tokens
         else:
             mask_BS1 = attention_mask.unsqueeze(-1).to(hidden_BSD.dtype)
             x_BD = (hidden_BSD * mask_BS1).sum(1) / mask_BS1.sum(1).clamp(min=1)
@@ -212,10 +212,15 @@ def compile_blocks(encoder: Encoder) -> None:
     activations: 4 to 5% of both passes of BERT-base.
     """
     on_gpu = next(encoder.parameters()).is_cuda
+    for block in blocks_to_compile(encoder):
+        block.compile(options={"fallback_random": True} if on_gpu else None)
+
+
+def blocks_to_compile(encoder: nn.Module) -> list[nn.Module]:
+    """Those that have no kernels of their own."""
     lists = [part for part in encoder.modules() if isinstance(part, nn.ModuleList) and len(part)]
     blocks = max(lists, key=lambda part: sum(p.numel() for p in part.parameters()), default=[encoder])
-    for block in (one for one in blocks if not is_fused(one)):
-        block.compile(options={"fallback_random": True} if on_gpu else None)
+    return [block for block in blocks if not is_fused(block)]
 
 
 def _checkpoint(model: nn.Module, name: str) -> None:

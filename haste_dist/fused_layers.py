@@ -15,8 +15,12 @@ from torch.nn import functional as F
 
 from haste_kernels.encoder_ops import attend, dropout_add_norm, random_seeds, takes_heads, widen
 
+OWN = ("query", "key", "value", "q", "k", "v", "o", "dropout")  # what attention consists of
 
-class FusedLayer:
+_mixed: dict[tuple[type, type], Any] = {}  # one class for all layers of a kind
+
+
+class Fused:
     """What the layers below share; mixed into a layer's own class, whose ``forward`` theirs replace."""
 
     def _seeds(self: Any, count: int, device: torch.device) -> tuple[Tensor | None, ...]:
@@ -34,7 +38,7 @@ class FusedLayer:
         return dropout_add_norm(y_MH, down.bias, r_MH, norm.weight, norm.bias, p, norm.eps, seed)
 
 
-class FusedBertLayer(FusedLayer):
+class FusedBert(Fused):
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         """The mask is (B, 1, S, S), bool, and hides the same keys from every token."""
         x_BSH, own = hidden_states, self.attention.self
@@ -52,7 +56,7 @@ class FusedBertLayer(FusedLayer):
         return self._widen_and_join(x_MH, seeds[2]).view_as(hidden_states)  # type: ignore[no-any-return]
 
 
-class FusedMPNetLayer(FusedLayer):
+class FusedMPNet(Fused):
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None, **_: Any
     ) -> tuple[Tensor]:
@@ -92,28 +96,33 @@ class FusedEmbeddings:
 
 
 def fuse_layers(model: nn.Module) -> int:
-    """Gives the layers that have these parts, and no others (adapters, say), those kernels, in place. Returns how many they are."""
-    count = 0
-    for layer in list(model.modules()):
-        if kind := _kind(layer):
-            layer.__class__ = type(f"Fused{type(layer).__name__}", (kind, type(layer)), {})
-            count += 1
-        elif type(layer).__name__ in ("BertEmbeddings", "ElectraEmbeddings") and type(layer.word_embeddings) is nn.Embedding:
-            layer.__class__ = type(f"Fused{type(layer).__name__}", (FusedEmbeddings, type(layer)), {})
-    return count
+    """Gives the layers that have these parts, and no others with weights (adapters, say), those kernels, in place, and so the embeddings
+    before them. Returns how many layers they are; those that are fused already do not count."""
+    found = [(layer, kind) for layer in model.modules() if (kind := _kind(layer))]
+    for layer, kind in found:
+        _mix_in(kind, layer)
+    for part in model.modules() if found else ():
+        if type(part).__name__ in ("BertEmbeddings", "ElectraEmbeddings") and type(part.word_embeddings) is nn.Embedding:
+            _mix_in(FusedEmbeddings, part)
+    return len(found)
+
+
+def _mix_in(kind: type, part: nn.Module) -> None:
+    own = type(part)
+    part.__class__ = _mixed.setdefault((kind, own), type(f"Fused{own.__name__}", (kind, own), {}))
 
 
 def is_fused(layer: nn.Module) -> bool:
-    return isinstance(layer, FusedLayer)
+    return isinstance(layer, Fused)
 
 
 def hides_padding(layer: Any, x_BSH: Tensor) -> bool:
     """Whether an MPNet layer takes padding for (B, S) texts of this length apart from what is added to the scores of all texts."""
-    fused: Any = layer if isinstance(layer, FusedMPNetLayer) else None
+    fused: Any = layer if isinstance(layer, FusedMPNet) else None
     return fused is not None and takes_heads(x_BSH, fused.attention.attn.attention_head_size, paired=True)
 
 
-def _kind(layer: Any) -> type[FusedLayer] | None:
+def _kind(layer: Any) -> type[Fused] | None:
     try:
         up, output, attention = layer.intermediate, layer.output, layer.attention
         mpnet = hasattr(attention, "attn")
@@ -122,12 +131,13 @@ def _kind(layer: Any) -> type[FusedLayer] | None:
         linear = (up.dense, output.dense, *((own.q, own.k, own.v, own.o) if mpnet else (own.query, own.key, own.value, joined.dense)))
         norms, drops = (joined.LayerNorm, output.LayerNorm), (joined.dropout, output.dropout, own.dropout)
         gelu = type(up.intermediate_act_fn)
+        more = [name for name, part in own.named_children() if name not in OWN and any(True for _ in part.parameters())]
     except AttributeError:
         return None
     plain = all(type(one) is nn.Linear and one.bias is not None for one in linear) and all(type(one) is nn.Dropout for one in drops)
     alone = not getattr(layer, "is_decoder", False) and not hasattr(layer, "crossattention") and not is_fused(layer)
-    if not (plain and alone and all(type(one) is nn.LayerNorm for one in norms) and gelu.__name__ in ("GELU", "GELUActivation")):
+    if more or not (plain and alone and all(type(one) is nn.LayerNorm for one in norms) and gelu.__name__ in ("GELU", "GELUActivation")):
         return None
     if mpnet:
-        return FusedMPNetLayer if hasattr(own, "context") else None
-    return FusedBertLayer
+        return FusedMPNet if hasattr(own, "context") else None
+    return FusedBert

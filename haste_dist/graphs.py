@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from haste_dist.config import EncoderConfig
-from haste_dist.encoder import Encoder
+from haste_dist.encoder import Encoder, blocks_to_compile
 from haste_dist.flat import FlatModule
 
 MOST_TOKENS = 2**14  # B * S: larger batches keep the GPU busy as they are, and their activations would be held for good
@@ -25,7 +25,8 @@ MOST_TOKENS = 2**14  # B * S: larger batches keep the GPU busy as they are, and 
 
 def can_replay(config: EncoderConfig, encoder: nn.Module) -> bool:
     """Whether this encoder's passes never ask the GPU for a number, nor for its random state, which recording does not allow."""
-    return config.graphs and not config.compile and not config.checkpointing and bool(getattr(encoder, "whole_mask", False))
+    compiled = config.compile and blocks_to_compile(encoder)
+    return config.graphs and not compiled and not config.checkpointing and bool(getattr(encoder, "whole_mask", False))
 
 
 def padded_length(tokens: int, longest: int) -> int:

@@ -72,6 +72,7 @@ class RaggedColumn:
         chunks = [c for c in column.chunks if len(c)]
         self._offsets = [c.offsets.to_numpy() for c in chunks]
         self._values = [c.values.to_numpy() for c in chunks]
+        self._dtype = self._values[0].dtype if chunks else np.dtype(np.int32)
         # Half the time of arrays where rows are taken one by one, which holds up the thread that launches steps.
         self._seen = [(memoryview(o), memoryview(v)) for o, v in zip(self._offsets, self._values, strict=True)]
         self._starts = np.concatenate([[0], np.cumsum([len(c) for c in chunks])]).astype(np.int64)
@@ -88,7 +89,7 @@ class RaggedColumn:
         for chunk, at in zip(chunks.tolist(), (rows - self._starts[chunks]).tolist(), strict=True):
             offsets, values = self._seen[chunk]
             parts.append(values[offsets[at] : offsets[at + 1]])
-        return np.frombuffer(b"".join(parts), np.int32), np.fromiter(map(len, parts), np.int64, len(parts))
+        return np.frombuffer(b"".join(parts), self._dtype), np.fromiter(map(len, parts), np.int64, len(parts))
 
     def __len__(self) -> int:
         return int(self._starts[-1])

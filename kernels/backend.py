@@ -37,7 +37,7 @@ def _missing(device: int) -> str | None:
     if reason is None and torch.cuda.get_device_capability(device) < CAPABILITY:
         reason = f"{torch.cuda.get_device_name(device)} is older than the kernels need (compute capability 8.0)"
     if reason is not None:
-        warnings.warn(f"plain torch does the output layer, several times slower: {reason}", stacklevel=3)
+        warnings.warn(f"plain torch does the kernels' work, several times slower: {reason}", stacklevel=3)
     return reason
 
 

@@ -1,15 +1,17 @@
 """What a transformer's layer does around its matrix products, as operations with gradients of their own.
 
-Each takes one kernel a pass beside its products. That reads and writes activations once, sums the gradients of biases and norms on the way,
-and keeps nothing of its dropout. Where there are no kernels the same is plain torch (encoder_reference.py). On the meta device the tensors
-that the kernels fill are made, for whoever counts them. ``seed``: one int64 on the device of x; None where nothing
-is dropped.
+Each takes one kernel forward and one backward beside its products, and one that sums what the programs of the backward kernel left. They
+read and write activations once, sum the gradients of biases and norms on the way, and keep nothing of their dropout. Where there are no
+kernels the same is plain torch (encoder_reference.py). On the meta device the tensors that the kernels fill are made, for whoever counts
+them. ``seed``: one int64 on the device of x; None where nothing is dropped.
 
-``attend`` and ``widen`` return x too, for the residual. Its gradient is overwritten with its sum with that of the product, as that is made.
+``attend`` and ``widen`` return x too, for the residual of ``dropout_add_norm`` and for nothing else: its gradient is overwritten with its
+sum with that of the product, as that is made.
 
 Letters: M rows (B texts of S tokens), H the layer's width, C columns, A heads.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from haste_kernels import encoder_reference as reference
-from haste_kernels.backend import use_triton
+from haste_kernels.backend import SWITCH, use_triton
 
 TILES = (32, 64, 128)  # tokens that ``attend``'s kernels are made for; a text takes the first that holds it
 LONGEST = TILES[-1]
@@ -28,7 +30,7 @@ SHARED_BYTES = 163 << 10  # of a program, where the GPU does not say: an A100's
 
 def has_kernels(x: Tensor) -> bool:
     """Whether operations on ``x`` are kernels, or on the meta device their tensors."""
-    return x.is_meta or use_triton(x)
+    return (x.is_meta and os.environ.get(SWITCH) != "torch") or use_triton(x)
 
 
 def takes_heads(x_BSH: Tensor, width: int, paired: bool = False) -> bool:
@@ -104,6 +106,8 @@ class _Attend(torch.autograd.Function):
         seed: Tensor | None,
         pair_ASS: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        x_BSH = x_BSH.contiguous()
+        seen_BS, pair_ASS = (None if one is None else one.contiguous() for one in (seen_BS, pair_ASS))
         qkv_BSC = torch.nn.functional.linear(x_BSH, w_CH, b_C)
         out_BSH = torch.empty_like(x_BSH)
         lse_BAS = x_BSH.new_empty(len(x_BSH), heads, x_BSH.shape[1], dtype=torch.float32)
@@ -133,6 +137,7 @@ class _Attend(torch.autograd.Function):
 class _Widen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MH: Tensor, w_CH: Tensor, b_C: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x_MH = x_MH.contiguous()
         z_MC = x_MH @ w_CH.T
         y_MC = torch.empty_like(z_MC)
         if not z_MC.is_meta:
@@ -159,6 +164,7 @@ class _DropoutAddNorm(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x_MH: Tensor, b_H: Tensor, r_MH: Tensor, w_H: Tensor, c_H: Tensor, p: float, eps: float, seed: Tensor | None
     ) -> Tensor:
+        x_MH, r_MH = x_MH.contiguous(), r_MH.contiguous()
         h_MH, y_MH = torch.empty_like(x_MH), torch.empty_like(x_MH)
         mean_M, rstd_M = (x_MH.new_empty(len(x_MH), dtype=torch.float32) for _ in range(2))
         if not x_MH.is_meta:

@@ -13,7 +13,7 @@ from haste_kernels.rounding import DROPOUT, random_halves
 def threshold_and_scale(p: float) -> tuple[int, float]:
     """Of 16 random bits: below the first an element is dropped; the second makes the mean of what is left exact."""
     dropped = round(p * 65536)
-    return dropped, 65536 / (65536 - dropped)
+    return dropped, 65536 / max(1, 65536 - dropped)
 
 
 def drop(x_MC: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -45,6 +45,8 @@ def attention(qkv_BSC: Tensor, seen_BS: Tensor | None, heads: int, p: float, see
     if seen_BS is not None:
         scores_BASS = scores_BASS.masked_fill(~seen_BS[:, None, None, :], -1e30)
     p_BASS = scores_BASS.softmax(-1)
+    if seen_BS is not None:
+        p_BASS = p_BASS * seen_BS.any(1)[:, None, None, None]  # a text of padding alone answers 0, as torch's own attention has it
     if p and seed is not None:
         p_BASS = drop(_by_lanes(p_BASS.flatten(0, 2)), p, seed)
         p_BASS = _by_lanes(p_BASS)[:, :tokens].view_as(scores_BASS)

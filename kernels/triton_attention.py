@@ -23,7 +23,7 @@ from haste_kernels.triton_norm import programs, seed_words, sum_rows
 
 DROPOUT = tl.constexpr(rounding.DROPOUT)
 ROUNDS = tl.constexpr(rounding.ROUNDS)
-HIDDEN = tl.constexpr(-1e30)  # a score; finite, so that a text of padding alone makes no NaN
+HIDDEN = tl.constexpr(-1e30)  # a score; finite, so that no difference is NaN
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 PART = 16  # rows of a tile that lie in one warp: their sum needs no barrier
 
@@ -80,7 +80,7 @@ def _attention_forward(
     pair,  # (A, S, S) or None, in: added to the scores of all texts
     seen,  # (B, S) bool or None, in: keys that are no padding
     out,  # (B, S, A, d), out
-    lse,  # (B, A, S) float32, out: of a row of scores, to base 2
+    lse,  # (B, A, S) float32, out: of a row of scores, to base 2; infinite where all are hidden
     seed,  # (1,) int64, in, or None: nothing is dropped
     count,  # B A
     tokens,  # S
@@ -109,10 +109,11 @@ def _attention_forward(
         p = tl.exp2(s - most[:, None])
         total = tl.sum(p, 1)
         first = (text * A + head) * tokens
-        tl.store(lse + first + tl.arange(0, T), most + tl.log2(total), mask=real)
+        nothing = most <= HIDDEN  # to see: a text of padding alone, whose answer and gradients are 0
+        tl.store(lse + first + tl.arange(0, T), tl.where(nothing, float("inf"), most + tl.log2(total)), mask=real)
         if DROPS:
             p = tl.where(_kept(first, low, high, threshold, T), p, 0.0)
-        o = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (keep_scale / total)[:, None]
+        o = tl.dot(p.to(v.dtype), v, input_precision="ieee") * tl.where(nothing, 0.0, keep_scale / total)[:, None]
         tl.store(out + token[:, None] * (A * D) + column[None, :], o, mask=real[:, None])
 
 
@@ -193,7 +194,7 @@ _fitting: dict[tuple[object, ...], int] = {}  # stages that were found to fit
 
 def _launch(kernel: Any, arguments: tuple[Any, ...], grid: int, config: AttentionConfig, **constants: Any) -> None:
     """With as many heads in flight as the shared memory of this GPU holds."""
-    key = (kernel.fn, arguments[0].device, *(argument is None for argument in arguments), *constants.values())
+    key = (kernel.fn, arguments[0].device, arguments[0].dtype, *(argument is None for argument in arguments), *constants.values())
     for stages in range(_fitting.get(key, config.stages), 0, -1):
         try:
             kernel[(grid,)](*arguments, **constants, STAGES=stages, num_warps=config.warps)
@@ -216,7 +217,7 @@ def attention_forward(
     numbers = (texts * heads, tokens, *threshold_and_scale(p), LOG2_E.value / size**0.5)
     _launch(
         _attention_forward, (qkv_BSC, pair_ASS, seen_BS, out_BSH, lse_BAS, seed, *numbers),
-        programs(qkv_BSC.device, texts * heads, config.programs), config, A=heads, D=size, T=tile, DROPS=p > 0,
+        programs(qkv_BSC.device, texts * heads, config.programs), config, A=heads, D=size, T=tile, DROPS=p > 0 and seed is not None,
     )  # fmt: skip
 
 
@@ -236,7 +237,7 @@ def attention_backward(
     numbers = (texts * heads, tokens, *threshold_and_scale(p), LOG2_E.value / size**0.5)
     _launch(
         _attention_backward, (qkv_BSC, pair_ASS, seen_BS, lse_BAS, do_BSH, dqkv_BSC, dpair, sums, seed, *numbers), grid, config,
-        A=heads, D=size, T=tile, R=PART, DROPS=p > 0,
+        A=heads, D=size, T=tile, R=PART, DROPS=p > 0 and seed is not None,
     )  # fmt: skip
     db_C = qkv_BSC.new_zeros(width)
     sum_rows(sums.flatten(1), db_C, width // 3)

@@ -36,8 +36,9 @@ def _gelu_forward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    across = tl.cdiv(C, COLUMNS)
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (column < C)[None, :]
     at = row[:, None] * C + column[None, :]
     value = tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
@@ -77,7 +78,7 @@ def _gelu_backward(
 def gelu_forward(z_MC: Tensor, b_C: Tensor, y_MC: Tensor) -> None:
     """Fills ``y_MC``."""
     rows, width = z_MC.shape
-    grid = (triton.cdiv(width, COLUMNS), triton.cdiv(rows, ROWS))
+    grid = (triton.cdiv(width, COLUMNS) * triton.cdiv(rows, ROWS),)  # one axis: others end at 65,535
     _gelu_forward[grid](z_MC, b_C, y_MC, rows, C=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS)
 
 

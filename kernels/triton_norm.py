@@ -180,7 +180,7 @@ def norm_forward(
     count = tile_rows(columns)
     _norm_forward[(triton.cdiv(rows, count),)](
         x_MH, b_H, r_MH, w_H, c_H, h_MH, y_MH, mean_M, rstd_M, seed, rows, *threshold_and_scale(p), eps,
-        H=width, COLUMNS=columns, R=count, DROPS=p > 0, num_warps=WARPS,
+        H=width, COLUMNS=columns, R=count, DROPS=p > 0 and seed is not None, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def norm_backward(
     sums = torch.empty(grid, 3, width, dtype=torch.float32, device=dy_MH.device)
     _norm_backward[(grid,)](
         dy_MH, h_MH, w_H, mean_M, rstd_M, dr_MH, dx_MH, sums, seed, rows, *threshold_and_scale(p),
-        H=width, COLUMNS=columns, R=count, DROPS=p > 0, STAGES=STAGES, num_warps=WARPS,
+        H=width, COLUMNS=columns, R=count, DROPS=p > 0 and seed is not None, STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
     total_3H = w_H.new_empty(3, width)
     sum_rows(sums.flatten(1), total_3H)

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from haste_dist import fused_layers
 from haste_dist.config import EncoderConfig
 from haste_dist.dry_run import dry_run
 from haste_dist.encoder import Encoder, build_encoder, compile_blocks, fuse_blocks
 from haste_dist.fused_layers import fuse_layers, is_fused
+from haste_dist.graphs import can_replay
 from haste_kernels import encoder_ops
 
 SIZES: dict[str, Any] = {
@@ -69,15 +71,15 @@ def test_so_they_are_by_the_kernels(family: str, monkeypatch: pytest.MonkeyPatch
     truth, fused = copy.deepcopy(plain).double(), copy.deepcopy(plain)
     fuse_layers(fused.model)
     monkeypatch.setattr(encoder_ops, "has_kernels", lambda _: True)
-    for tokens, hides in ((9, False), (20, True), *([(70, True)] if family == "mpnet" else [])):
+    for tokens, hides in ((1, False), (9, False), (20, True), *([(70, True)] if family == "mpnet" else [])):
         for exact, ours in zip(results(truth, tokens, hides), results(fused, tokens, hides), strict=True):
             torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
-@pytest.mark.parametrize("place", ["attention", "attention's output", "output"])
+@pytest.mark.parametrize("place", ["attention", "attention's output", "output", "embeddings"])
 def test_dropout_only_where_it_trains(family: str, place: str) -> None:
-    """Each of a layer's three places alone makes two passes differ in training, and none in evaluation; a seed repeats it."""
+    """Each place alone, three of a layer and one before, makes two passes differ in training, and none in evaluation; a seed repeats it."""
     encoder = Encoder(make_model(family))
     fuse_layers(encoder.model)
     layer: Any = encoder.model.encoder.layer[0]  # type: ignore[union-attr, index]
@@ -86,6 +88,7 @@ def test_dropout_only_where_it_trains(family: str, place: str) -> None:
         "attention": attention.self.dropout if family == "bert" else attention.attn.dropout,
         "attention's output": attention.output.dropout if family == "bert" else attention.dropout,
         "output": layer.output.dropout,
+        "embeddings": encoder.model.embeddings.dropout,  # type: ignore[union-attr]
     }
     places[place].p = 0.5
     ids = torch.randint(5, 100, (2, 9))
@@ -96,6 +99,24 @@ def test_dropout_only_where_it_trains(family: str, place: str) -> None:
     torch.manual_seed(5)
     assert torch.equal(one, encoder(ids, None))
     assert torch.equal(encoder.eval()(ids, None), encoder(ids, None))
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_each_dropout_draws_bits_of_its_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(make_model(family)).train()
+    fuse_layers(encoder.model)
+    seeds: list[int] = []
+    for name in ("attend", "dropout_add_norm"):
+        call = getattr(fused_layers, name)
+
+        def noted(*arguments: Any, call: Any = call) -> Any:
+            seeds.extend(int(a) for a in arguments if isinstance(a, torch.Tensor) and a.dtype == torch.int64)
+            return call(*arguments)
+
+        monkeypatch.setattr(fused_layers, name, noted)
+    encoder(torch.randint(5, 100, (2, 9)), None)
+    encoder(torch.randint(5, 100, (2, 9)), None)
+    assert len(seeds) == len(set(seeds)) == 2 * 2 * 3  # passes, layers, places
 
 
 def test_activations_made_again_are_the_same() -> None:
@@ -112,18 +133,24 @@ def test_activations_made_again_are_the_same() -> None:
 
 @pytest.mark.parametrize(
     ("family", "changed"),
-    [("bert", {"hidden_act": "relu"}), ("bert", {"is_decoder": True}), ("distilbert", {}), ("deberta-v2", {})],
+    [("bert", {"hidden_act": "relu"}), ("bert", {"is_decoder": True}), ("convbert", {}), ("distilbert", {}), ("deberta-v2", {})],
     ids=str,
 )
 def test_layers_of_other_kinds_are_left_alone(family: str, changed: dict[str, Any]) -> None:
     torch.manual_seed(0)
     names = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "vocab_size": 100} if family == "distilbert" else SIZES | changed
-    assert fuse_layers(AutoModel.from_config(AutoConfig.for_model(family, **names))) == 0
+    model = AutoModel.from_config(AutoConfig.for_model(family, **names))
+    kinds = [type(part) for part in model.modules()]
+    assert fuse_layers(model) == 0
+    assert [type(part) for part in model.modules()] == kinds
 
 
 def test_adapted_layers_are_left_alone() -> None:
     pytest.importorskip("peft")
-    assert fuse_layers(build_encoder(EncoderConfig(width=32, heads=2, lora_rank=2), 100, 0).model) == 0
+    model = build_encoder(EncoderConfig(width=32, heads=2, lora_rank=2), 100, 0).model
+    kinds = [type(part) for part in model.modules()]
+    assert fuse_layers(model) == 0
+    assert [type(part) for part in model.modules()] == kinds
 
 
 def test_without_a_gpu_nothing_is_fused() -> None:
@@ -150,6 +177,21 @@ def test_only_blocks_that_are_not_fused_are_compiled(monkeypatch: pytest.MonkeyP
     assert not compiled
     compile_blocks(build_encoder(EncoderConfig(width=32, heads=2), 100, 0))
     assert len(compiled) == 2
+
+
+def test_what_is_not_compiled_may_be_recorded() -> None:
+    config = EncoderConfig(width=32, heads=2, compile=True)
+    encoder = build_encoder(config, 100, 0)
+    assert not can_replay(config, encoder)
+    fuse_layers(encoder.model)
+    assert can_replay(config, encoder)
+
+
+def test_a_plan_for_plain_torch_counts_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EncoderConfig(width=64, heads=4, layers=3)
+    plain = dry_run(dataclasses.replace(config, fused=False), 100, 0, 4, 32, torch.bfloat16)
+    monkeypatch.setenv("HASTE_KERNELS", "torch")
+    assert dry_run(config, 100, 0, 4, 32, torch.bfloat16) == plain
 
 
 def test_a_plan_for_a_gpu_counts_what_fused_layers_keep() -> None:

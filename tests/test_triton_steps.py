@@ -299,7 +299,7 @@ def test_a_gpu_without_kernels_is_told_once(version, capability, reason, monkeyp
     backend._missing.cache_clear()
     assert [backend.use_triton(OnGpu()) for _ in range(3)] == [False] * 3
     backend._missing.cache_clear()
-    told = [str(w.message) for w in recwarn if "plain torch does the output layer" in str(w.message)]
+    told = [str(w.message) for w in recwarn if "plain torch does the kernels' work" in str(w.message)]
     assert len(told) == 1
     assert reason in told[0]
 
