@@ -30,6 +30,7 @@ from haste_dist.augmentation import held_out_keys, text_keys
 from haste_dist.config import Config
 from haste_dist.held_out import dev_rows
 from haste_dist.manifest import LABEL_SCHEMA, LABEL_TEXTS, SHARD_SCHEMA, Manifest, open_split, read_arrow, replacing
+from haste_dist.pipeline import quiet
 from haste_dist.text_embedders import (
     PIECE,
     Embedder,
@@ -137,7 +138,7 @@ def _embed_all(
     workers = int(resources.get("GPU", 1)) if on_gpu else config.data.workers or int(resources.get("CPU", 1))
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
-    with DataContext.current(context):
+    with DataContext.current(context), quiet():
         results = ray.data.from_items([dataclasses.asdict(task) for task in tasks], override_num_blocks=len(tasks)).map_batches(
             _Worker,
             fn_constructor_args=(config, str(folder.absolute()), manifest, device.type, str(work.absolute())),

@@ -268,10 +268,14 @@ def test_a_killed_embedding_goes_on(config: Config, tmp_path: Path, monkeypatch:
     np.testing.assert_array_equal(again.vectors, whole.vectors.astype(np.float16))
 
 
-def test_workers_make_the_same_vectors(config: Config, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_make_the_same_vectors(
+    config: Config, ray_session: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And Ray Data has nothing to say to whoever waits for them."""
     config.groups.features = "tfidf"
     monkeypatch.setattr(label_embeddings, "FEW", {"tfidf": 0})
     through_ray = embed(config)
+    assert "execution finished" not in capfd.readouterr().err
     monkeypatch.setattr(label_embeddings, "_Worker", None)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     np.testing.assert_array_equal(through_ray.vectors, embed(config).vectors)
