@@ -130,13 +130,14 @@ def _kind(layer: Any) -> type[Fused] | None:
         own = attention.attn if mpnet else attention.self
         linear = (up.dense, output.dense, *((own.q, own.k, own.v, own.o) if mpnet else (own.query, own.key, own.value, joined.dense)))
         norms, drops = (joined.LayerNorm, output.LayerNorm), (joined.dropout, output.dropout, own.dropout)
-        gelu = type(up.intermediate_act_fn)
+        gelu = up.intermediate_act_fn
         more = [name for name, part in own.named_children() if name not in OWN and any(True for _ in part.parameters())]
     except AttributeError:
         return None
     plain = all(type(one) is nn.Linear and one.bias is not None for one in linear) and all(type(one) is nn.Dropout for one in drops)
     alone = not getattr(layer, "is_decoder", False) and not hasattr(layer, "crossattention") and not is_fused(layer)
-    if more or not (plain and alone and all(type(one) is nn.LayerNorm for one in norms) and gelu.__name__ in ("GELU", "GELUActivation")):
+    exact = type(gelu).__name__ in ("GELU", "GELUActivation") and getattr(gelu, "approximate", "none") == "none"
+    if more or not (plain and alone and exact and all(type(one) is nn.LayerNorm for one in norms)):
         return None
     if mpnet:
         return FusedMPNet if hasattr(own, "context") else None

@@ -133,7 +133,14 @@ def test_activations_made_again_are_the_same() -> None:
 
 @pytest.mark.parametrize(
     ("family", "changed"),
-    [("bert", {"hidden_act": "relu"}), ("bert", {"is_decoder": True}), ("convbert", {}), ("distilbert", {}), ("deberta-v2", {})],
+    [
+        ("bert", {"hidden_act": "relu"}),
+        ("bert", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("bert", {"is_decoder": True}),
+        ("convbert", {}),
+        ("distilbert", {}),
+        ("deberta-v2", {}),
+    ],
     ids=str,
 )
 def test_layers_of_other_kinds_are_left_alone(family: str, changed: dict[str, Any]) -> None:
