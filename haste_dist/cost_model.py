@@ -59,6 +59,7 @@ class Load:
     partitioned: bool  # ZeRO 1 or 2
     x_bytes: int
     copies: int = 1  # replicas of the labels
+    updates: float = 1.0  # of the encoder
 
     @property
     def shards(self) -> int:
@@ -93,15 +94,16 @@ def load_of(
     parameters: int,
     partitioned: bool,
     label_parallel: int = 0,
+    accumulation: int = 1,
 ) -> Load:
-    """``head_rows`` of all ranks; ``encoder_flops`` of all ranks a step."""
+    """``head_rows`` of all ranks; ``encoder_flops`` of all ranks a step; ``accumulation``: steps an update of the encoder."""
     groups, parts = -(-max(0, labels - head_rows) // group), label_parts(label_parallel, ranks)
     tail_rows = -(-groups // parts) * group
     tail_bytes = tail_rows * fan_in * (2 * (weight_bytes + momentum_bytes) + 2 / group)
     own_head = -(-head_rows // parts)
     return Load(
         ranks, labels, batch, tokens, width, own_head, head_width, tail_rows, tail_width, fan_in, group, tail_bytes,
-        encoder_flops / ranks, parameters, partitioned, x_bytes, ranks // parts,
+        encoder_flops / ranks, parameters, partitioned, x_bytes, ranks // parts, 1 / accumulation,
     )  # fmt: skip
 
 
@@ -221,6 +223,7 @@ class CostModel:
                 seconds["bytes"] = max(seconds["bytes"], 1 / (network.gb_s * 1e9 * network.gpus_a_host))
                 seconds["hops"] = max(seconds["hops"], network.hop_us * 1e-6)
             parts[part] = sum(seconds[name] * value for name, value in features.items())
+        parts["optimizer"] *= load.updates
         if load.copies > 1:
             parts["replicas"] = self._sum_over_replicas(load, network)
         return Prediction(parts, sum(parts.values()) + self.host, tuple(self._notes(load, network)))

@@ -122,6 +122,7 @@ def load_of_run(config: Config, facts: Facts, made: MemoryPlan, tokens: int) -> 
         parameters=size.trained,
         partitioned=encoder.zero > 0 or sizes[encoder.precision] == 2,
         label_parallel=config.launch.label_parallel,
+        accumulation=step.accumulation,
     )
 
 

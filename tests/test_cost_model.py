@@ -49,6 +49,13 @@ def study(noise: float = 0.0) -> list[dict[str, Any]]:
     return [row(labels, ranks, n, f, g, noise) for ranks in (1, 2, 4) for labels, n, f, g in shapes]
 
 
+def test_an_update_of_several_steps_counts_once() -> None:
+    model, load = fit(study()), load_of_row(row(10**7, 2))
+    every, fourth = model.predict(load), model.predict(dataclasses.replace(load, updates=0.25))
+    assert fourth.parts["optimizer"] == pytest.approx(every.parts["optimizer"] / 4)
+    assert every.step - fourth.step == pytest.approx(0.75 * every.parts["optimizer"])
+
+
 def truth(load: Load) -> float:
     return HOST + sum(TRUTH[part][name] * value for part in PARTS for name, value in FEATURES[part](load).items())
 

@@ -72,6 +72,10 @@ def test_a_step_of_several_passes_is_timed_as_one_large_batch_with_forward_passe
     assert several.encoder_flops == pytest.approx(one.encoder_flops * (1 + 15 / 16 / 3))
     assert dataclasses.replace(several, encoder_flops=one.encoder_flops) == one
     assert load(*passes, "encoder.frozen=true") == load("train.batch_size=8192", "encoder.frozen=true")
+    assert one.updates == 1
+    each = load("train.batch_size=8192", "train.accumulation=4")  # the output layer steps at each micro-batch, the encoder at the last
+    assert dataclasses.replace(each, updates=1.0) == one
+    assert each.updates == 0.25
 
 
 @pytest.mark.parametrize(
