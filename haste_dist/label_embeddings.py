@@ -125,7 +125,11 @@ def _embed_all(
     import ray
 
     few = sum(task.texts for task in tasks) < FEW[config.groups.features]
-    if few or len(tasks) == 1 or not ray.is_initialized():
+    on_gpu = device.type == "cuda"
+    resources = ray.cluster_resources() if ray.is_initialized() else {}
+    workers = int(resources.get("GPU", 1)) if on_gpu else config.data.workers or int(resources.get("CPU", 1))
+    workers = min(workers, len(tasks))
+    if few or workers <= 1 or not resources:  # one worker would do what this process does, once it has started
         for task in tasks:
             _do(task, embed, config, folder, manifest, work)
             done(task.texts)
@@ -133,9 +137,6 @@ def _embed_all(
     del embed
     from ray.data import DataContext
 
-    resources = ray.cluster_resources()
-    on_gpu = device.type == "cuda"
-    workers = int(resources.get("GPU", 1)) if on_gpu else config.data.workers or int(resources.get("CPU", 1))
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     with DataContext.current(context), quiet():
@@ -144,7 +145,7 @@ def _embed_all(
             fn_constructor_args=(config, str(folder.absolute()), manifest, device.type, str(work.absolute())),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=max(1, min(workers, len(tasks)))),
+            compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=1 if on_gpu else 0,
             num_cpus=0 if on_gpu else 1,
         )

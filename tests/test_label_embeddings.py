@@ -277,6 +277,9 @@ def test_workers_make_the_same_vectors(
     through_ray = embed(config)
     assert "execution finished" not in capfd.readouterr().err
     monkeypatch.setattr(label_embeddings, "_Worker", None)
+    config.data.workers = 1  # whom Ray need not start
+    np.testing.assert_array_equal(through_ray.vectors, embed(config).vectors)
+    config.data.workers = 0
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     np.testing.assert_array_equal(through_ray.vectors, embed(config).vectors)
 
