@@ -107,7 +107,7 @@ class EncoderConfig:
     )
     checkpointing: bool = setting(False, "make activations again in the backward pass: less memory, a third more work")
     graphs: bool = setting(
-        True, "GPU: replay the passes of small batches as CUDA graphs (BERT-like models; not with compile or checkpointing)"
+        True, "GPU: replay the passes of small batches as CUDA graphs (BERT-like models; not with checkpointing, nor compiled blocks)"
     )
     fused: bool = setting(
         True,

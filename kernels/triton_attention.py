@@ -61,6 +61,19 @@ def _kept(first, low, high, threshold, T: tl.constexpr):
 
 
 @triton.jit
+def _read_head(qkv, one, real, tokens, A: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
+    """Of all heads of all texts the ``one``-th: its text, head, rows (T,) and columns (d,), where they lie in ``qkv``, and q, k and v."""
+    text, head = tl.cast(one // A, tl.int64), one % A
+    token = text * tokens + tl.arange(0, T)
+    column = head * D + tl.arange(0, D)
+    at = token[:, None] * (3 * A * D) + column[None, :]
+    q = tl.load(qkv + at, mask=real[:, None], other=0.0)
+    k = tl.load(qkv + A * D + at, mask=real[:, None], other=0.0)
+    v = tl.load(qkv + 2 * A * D + at, mask=real[:, None], other=0.0)
+    return text, head, token, column, at, q, k, v
+
+
+@triton.jit
 def _scores(q, k, pair, seen, text, head, tokens, scale, T: tl.constexpr):
     """(T, T) q k^T ``scale``, to base 2, and what a pair of places adds; keys that are hidden or not there come to HIDDEN."""
     key = tl.arange(0, T)
@@ -97,13 +110,7 @@ def _attention_forward(
         low, high = seed_words(seed)
     real = tl.arange(0, T) < tokens
     for one in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=STAGES):
-        text, head = tl.cast(one // A, tl.int64), one % A
-        token = text * tokens + tl.arange(0, T)
-        column = head * D + tl.arange(0, D)
-        at = token[:, None] * (3 * A * D) + column[None, :]
-        q = tl.load(qkv + at, mask=real[:, None], other=0.0)
-        k = tl.load(qkv + A * D + at, mask=real[:, None], other=0.0)
-        v = tl.load(qkv + 2 * A * D + at, mask=real[:, None], other=0.0)
+        text, head, token, column, _, q, k, v = _read_head(qkv, one, real, tokens, A, D, T)
         s = _scores(q, k, pair, seen, text, head, tokens, scale, T)
         most = tl.max(s, 1)
         p = tl.exp2(s - most[:, None])
@@ -153,13 +160,7 @@ def _attention_backward(
     if pair is not None:
         to_pair = tl.zeros((T, T), tl.float32)
     for one in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=STAGES):
-        text, head = tl.cast(one // A, tl.int64), one % A
-        token = text * tokens + tl.arange(0, T)
-        column = head * D + tl.arange(0, D)
-        at = token[:, None] * (3 * A * D) + column[None, :]
-        q = tl.load(qkv + at, mask=real[:, None], other=0.0)
-        k = tl.load(qkv + A * D + at, mask=real[:, None], other=0.0)
-        v = tl.load(qkv + 2 * A * D + at, mask=real[:, None], other=0.0)
+        text, head, token, column, at, q, k, v = _read_head(qkv, one, real, tokens, A, D, T)
         g = tl.load(do + token[:, None] * (A * D) + column[None, :], mask=real[:, None], other=0.0)
         first = (text * A + head) * tokens
         # Rows that are not there have probabilities 0.

@@ -18,8 +18,8 @@ PROGRAMS, STAGES = 4, 3  # of the backward pass: a processor; tiles in flight
 
 @triton.jit
 def _normal(z):
-    """(probability that a standard normal number is below z, its density at z). Abramowitz and Stegun 7.1.26: to 1e-7, and small values
-    keep their digits, for nothing is taken from 1 there."""
+    """(probability that a standard normal number is below z, its density at z). Abramowitz and Stegun 7.1.26: to 1e-7; of small values
+    nothing is taken from 1, so that down to z = -5 they lose no more than bfloat16 does."""
     e = tl.exp2(z * z * -0.72134752)  # exp(-z^2 / 2), which is in both
     t = 1.0 / (1.0 + 0.23164190 * tl.abs(z))
     tail = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t * e * 0.5
