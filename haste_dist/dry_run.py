@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from haste_dist.config import EncoderConfig
 from haste_dist.encoder import build_encoder, fuse_blocks
-from haste_dist.graphs import can_replay
+from haste_dist.graphs import most_tokens
 from haste_dist.live_bytes import LiveBytes
 from haste_dist.meters import EncoderWork, encoder_work
 
@@ -38,7 +38,7 @@ class EncoderNeeds:
     work: EncoderWork
     rows: int  # B
     weight_bytes: int  # of one weight
-    replays: bool  # its passes, as CUDA graphs on a GPU
+    recorded_tokens: int  # of the largest batches whose passes are CUDA graphs on a GPU; 0: none are
 
     def of_rows(self, rows: int) -> "EncoderNeeds":
         """With another batch: what lives grows with it, but the gradients are there in the end."""
@@ -72,10 +72,10 @@ def _dry_run(key: tuple[Any, ...], vocabulary: int, pad_id: int, rows: int, toke
                 live.restart()
                 x_BD.backward(torch.ones_like(x_BD))
                 backward = live.peak - base
-    work, replays = encoder_work(encoder), can_replay(config, encoder) and not config.frozen
+    work, recorded = encoder_work(encoder), 0 if config.frozen else most_tokens(config, encoder)
     total = sum(p.numel() for p in encoder.parameters())
     trained = [p.numel() for p in encoder.parameters() if p.requires_grad]
-    return EncoderNeeds(total, sum(trained), encoder.width, forward, kept, backward, scoring, work, rows, dtype.itemsize, replays)
+    return EncoderNeeds(total, sum(trained), encoder.width, forward, kept, backward, scoring, work, rows, dtype.itemsize, recorded)
 
 
 def dry_run(

@@ -16,7 +16,7 @@ from haste_dist.config import EncoderConfig
 from haste_dist.encoder import Encoder, compile_blocks, fuse_blocks
 from haste_dist.errors import CheckpointError
 from haste_dist.flat import ClippedAdamW, FlatModule
-from haste_dist.graphs import GraphedModule, can_replay
+from haste_dist.graphs import GraphedModule, most_tokens
 from haste_dist.imports import no_collection
 from haste_dist.meters import stage
 from haste_dist.world import World
@@ -44,9 +44,9 @@ class EncoderEngine:
         if config.frozen:
             self.module.to(self.dtype).requires_grad_(False)
             return
-        records = can_replay(config, encoder)
-        pads = world.device.type == "cuda" and (records or config.attention == "cudnn")
-        self._flat = GraphedModule(encoder, records) if pads else FlatModule(encoder)
+        most = most_tokens(config, encoder)
+        pads = world.device.type == "cuda" and (most > 0 or config.attention == "cudnn")
+        self._flat = GraphedModule(encoder, most) if pads else FlatModule(encoder)
         # At stage 0 DeepSpeed would step bfloat16 parameters without a float32 copy; stage 1 has one, and the update is the same.
         zero = max(config.zero, int(self.dtype == torch.bfloat16))
         self._engine, self._adamw = _deepspeed_engine(self._flat, config, self.dtype, zero)

@@ -8,6 +8,7 @@ Letters: B padded rows of this rank, S tokens, D width, P numbers in the flat pa
 """
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,24 @@ from haste_dist.config import EncoderConfig
 from haste_dist.encoder import Encoder, blocks_to_compile
 from haste_dist.flat import FlatModule
 
-MOST_TOKENS = 2**14  # B * S: larger batches keep the GPU busy as they are, and their activations would be held for good
+# B * S of the largest batches that are recorded: those whose activations, which are held for good, are about as large as BERT-base's
+# with LEAST_TOKENS (5 GiB); and of large encoders, which keep the GPU busy as they are, LEAST_TOKENS.
+LEAST_TOKENS = 2**14
+ACTIVATIONS = LEAST_TOKENS * 12 * 768  # B * S * layers * D
 
 
 def can_replay(config: EncoderConfig, encoder: nn.Module) -> bool:
     """Whether this encoder's passes never ask the GPU for a number, nor for its random state, which recording does not allow."""
     compiled = config.compile and blocks_to_compile(encoder)
     return config.graphs and not compiled and not config.checkpointing and bool(getattr(encoder, "whole_mask", False))
+
+
+def most_tokens(config: EncoderConfig, encoder: Encoder) -> int:
+    """B * S of the largest batches whose passes are recorded; 0 where none is."""
+    if not can_replay(config, encoder):
+        return 0
+    model: Any = encoder.model.config
+    return max(LEAST_TOKENS, ACTIVATIONS // (model.num_hidden_layers * model.hidden_size))
 
 
 def padded_length(tokens: int, longest: int) -> int:
@@ -48,16 +60,17 @@ class Recorded:
 
 
 class GraphedModule(FlatModule):
-    """A FlatModule on a GPU whose ``forward(input_ids (B, S), attention_mask (B, S) or None)`` pads batches, and replays small ones.
+    """A FlatModule on a GPU whose ``forward(input_ids (B, S), attention_mask (B, S) or None)`` pads batches, and replays those of
+    up to ``most`` tokens.
 
     A replayed forward pass must be followed by its backward pass before the next one: all shapes share their activations' memory.
     """
 
-    def __init__(self, module: Encoder, records: bool = True):
+    def __init__(self, module: Encoder, most: int):
         super().__init__(module)
         config: Any = module.model.config
         self._longest, self._pad_id = getattr(config, "max_position_embeddings", 0), config.pad_token_id or 0
-        self._records = records
+        self._most = most  # 0: none is recorded
         # Of a shape that was seen once, None.
         self._recorded: dict[tuple[int, int, int], Recorded | None] = {}
         self._pool: Any = None
@@ -71,7 +84,7 @@ class GraphedModule(FlatModule):
             return super().forward(input_ids, attention_mask)
         rows, tokens = input_ids.shape
         length = padded_length(tokens, self._longest)
-        small = self._records and rows * length <= MOST_TOKENS
+        small = rows * length <= self._most
         if attention_mask is None and (small or tokens < length):  # one recording serves full batches and others
             attention_mask = torch.ones_like(input_ids)
         shape = (rows, length, self.flat.data_ptr())  # recorded kernels know the weights by their address
@@ -111,7 +124,8 @@ class GraphedModule(FlatModule):
         try:
             return self._record(rows, length)
         except RuntimeError as error:  # CUDA's errors too
-            self._records = False
+            self._most = 0
+            _end_recording(self.flat.device)
             reason = (str(error) or type(error).__name__).splitlines()[0]
             warnings.warn(f"the encoder's passes cannot be recorded and are launched as ever, more slowly ({reason})", stacklevel=2)
             return None
@@ -161,3 +175,10 @@ class _Replay(torch.autograd.Function):
         ctx.one.dx_BD.copy_(dx_BD)
         ctx.one.backward.replay()
         return ctx.module.gradient(), None, None
+
+
+def _end_recording(device: torch.device) -> None:
+    """A recording that failed leaves torch's generator waiting for its end, and dropout would fail; one of nothing ends it."""
+    nothing = torch.zeros(1, device=device)
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        nothing.zero_()

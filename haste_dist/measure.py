@@ -118,7 +118,7 @@ class Bench:
         """The figures of one point; of the slowest and fullest rank where ranks differ."""
         world, device = self.world, self.world.device
         vocabulary: int = self.encoder.model.config.vocab_size  # type: ignore[union-attr, assignment]
-        facts = Facts(point.labels, law.most, vocabulary, 0, world.size, device.type)
+        facts = Facts(point.labels, law.most, vocabulary, 0, world.size, device.type, one_shape=True)
         plan = memory_plan(config, facts)
         head_rows = point.head_rows(config)
         row: Row = {

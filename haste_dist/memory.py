@@ -16,7 +16,7 @@ import torch
 from haste_dist.classifier import INT16_WIDTH, feature_slice, stored_dtypes
 from haste_dist.config import Config
 from haste_dist.dry_run import EncoderNeeds, dry_run
-from haste_dist.graphs import MOST_TOKENS, padded_length
+from haste_dist.graphs import padded_length
 from haste_dist.label_groups import head_size
 from haste_dist.reembedding import NUMBERS
 from haste_dist.replicas import ELEMENTS
@@ -48,6 +48,7 @@ class Facts:
     ranks: int = 1  # W
     device: str = "cuda"
     varied: bool = False  # texts are of many lengths, so that there are short batches, too
+    one_shape: bool = False  # every batch has the same rows and tokens
 
 
 @dataclass(frozen=True)
@@ -123,17 +124,20 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     in_basis = n * (x_bytes + 4) * tail_width * turned  # what the tail reads, and its gradient turned back
     work = max(head_work, in_basis + _tail_workspace(config, cuda, n, groups, tail_width, weight, x_bytes), update)
     joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
-    replays = cuda and config.encoder.graphs and needs.replays  # ``needs`` may be of another page
+    most = needs.recorded_tokens if cuda and config.encoder.graphs else 0  # ``needs`` may be of another page
     varied = facts.varied or config.data.label_texts > 0  # which are short
-    short = varied and config.data.length_buckets > 1 and a * padded_length(1, s) <= MOST_TOKENS
-    recorded = a if a * s <= MOST_TOKENS else MOST_TOKENS // s * short
-    if replays and recorded:  # activations of the largest batch that is, for good, and a gradient; the first of a shape runs beside them
+    short = varied and config.data.length_buckets > 1 and a * padded_length(1, s) <= most
+    recorded = a if a * s <= most else most // s * short
+    forward, between, backward = needs.forward, needs.kept, needs.backward
+    if recorded:  # activations of the largest batch that is, for good, and a gradient; the first of a shape runs beside them
         largest = needs.of_rows(recorded)  # rows of the most tokens, as many tokens in all
         held["recorded passes"] = max(largest.forward, largest.backward) + 2 * joined
+        if facts.one_shape and step.passes == 1:  # the first batch runs before anything is recorded
+            forward = between = backward = 0
     phases = {
-        "encoder forward": {"activations": needs.forward, "batch": batch["batch"]},
-        "output layer": {**batch, **masked, "activations": needs.kept, "kernel workspace": work + 32 * n * facts.most_labels},
-        "encoder backward": {**batch, "activations": needs.backward, "flat gradient": joined},
+        "encoder forward": {"activations": forward, "batch": batch["batch"]},
+        "output layer": {**batch, **masked, "activations": between, "kernel workspace": work + 32 * n * facts.most_labels},
+        "encoder backward": {**batch, "activations": backward, "flat gradient": joined},
         "optimizer": {**batch, "gradients": gradients, "update": stepping},
         "evaluation": _scoring(config, facts, cuda, needs, d, x_bytes, h, t * output.group_size, tail_width * turned),
         "making the initial weights": {"random numbers": min(1 << 28, 16 * weights) + min(PLAIN_BYTES[facts.device], 64 * t * tail_width)},

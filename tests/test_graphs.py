@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tiny import make_prepared
 
 from haste_dist.config import Config, EncoderConfig
+from haste_dist.encoder import build_encoder
 from haste_dist.fits import facts_of
-from haste_dist.graphs import MOST_TOKENS, GraphedModule, can_replay, padded_length
-from haste_dist.memory import Facts, memory_plan
+from haste_dist.graphs import ACTIVATIONS, LEAST_TOKENS, GraphedModule, can_replay, most_tokens, padded_length
+from haste_dist.memory import STEP_PHASES, Facts, memory_plan
 from haste_dist.model import make_encoder, open_prepared
 
 
@@ -39,7 +40,17 @@ def test_few_lengths() -> None:
 )
 def test_what_may_not_be_recorded_is_not(tmp_path: Path, words: list[str], replays: bool) -> None:
     config = make_prepared(tmp_path, overrides=["encoder.graphs=true", *words])
-    assert can_replay(config.encoder, make_encoder(config, open_prepared(config).manifest)) == replays
+    encoder = make_encoder(config, open_prepared(config).manifest)
+    assert can_replay(config.encoder, encoder) == replays
+    assert most_tokens(config.encoder, encoder) == replays * ACTIVATIONS // 32
+
+
+@pytest.mark.parametrize(("layers", "width", "most"), [(12, 768, LEAST_TOKENS), (6, 384, 4 * LEAST_TOKENS), (24, 1024, LEAST_TOKENS)])
+def test_narrow_encoders_are_recorded_with_more_tokens(layers: int, width: int, most: int) -> None:
+    config = EncoderConfig(layers=layers, width=width, heads=width // 64)
+    with torch.device("meta"):
+        encoder = build_encoder(config, 100, 0, pretrained=False)
+    assert most_tokens(config, encoder) == most
 
 
 def test_a_model_that_asks_the_gpu_is_not_recorded() -> None:
@@ -55,7 +66,7 @@ def test_a_model_that_cannot_be_recorded_is_launched_as_ever(tmp_path: Path, mon
     encoder = make_encoder(config, open_prepared(config).manifest).train()
     ids = torch.randint(2, 99, (3, 7))
     expected = encoder(ids, None)
-    module, tries = GraphedModule(encoder), []
+    module, tries = GraphedModule(encoder, 64), []
 
     def refuse(*shape: int) -> None:
         tries.append(shape)
@@ -77,9 +88,10 @@ def test_a_model_that_cannot_be_recorded_is_launched_as_ever(tmp_path: Path, mon
 
 
 def test_recorded_passes_are_planned_for(tmp_path: Path) -> None:
-    """On a GPU they hold their activations for good, beside those of the first batch of a shape; a larger batch is not recorded, but
+    """On a GPU they hold their activations for good, beside those of the first batch of another shape; a larger batch is not recorded, but
     shorter ones may be."""
-    sizes = (64, MOST_TOKENS // 8, MOST_TOKENS)
+    most = ACTIVATIONS // 32  # one layer of 32
+    sizes = (64, most // 8, most)
     small, large, huge = (make_prepared(tmp_path / str(n), overrides=["encoder.graphs=true", f"train.batch_size={n}"]) for n in sizes)
     off = make_prepared(tmp_path / "off", overrides=["train.batch_size=64", "encoder.graphs=false"])
 
@@ -89,7 +101,15 @@ def test_recorded_passes_are_planned_for(tmp_path: Path) -> None:
     planned = memory_plan(off, Facts(101, 3, 202))
     assert held(small) >= planned.phases["encoder backward"]["activations"] > 0
     assert memory_plan(small, Facts(101, 3, 202)).phases == planned.phases
-    assert held(large, varied=True) == pytest.approx(held(small) * MOST_TOKENS / (64 * large.data.max_length), rel=0.1)
+    alone = memory_plan(small, Facts(101, 3, 202, one_shape=True))  # the first batch, launched, is over before anything is recorded
+    assert alone.held == memory_plan(small, Facts(101, 3, 202)).held
+    for name, phase in planned.phases.items():
+        activations = phase.get("activations", 0) if name in STEP_PHASES else 0
+        assert sum(alone.phases[name].values()) == sum(phase.values()) - activations
+    small.train.accumulation, small.train.classifier_step = 2, "global"  # passes without a graph are launched
+    assert memory_plan(small, Facts(101, 3, 202, one_shape=True)).phases["encoder forward"]["activations"] > 0
+    small.train.accumulation, small.train.classifier_step = 1, "micro"
+    assert held(large, varied=True) == pytest.approx(held(small) * most / (64 * large.data.max_length), rel=0.1)
     assert [held(small, device="cpu"), held(off, varied=True), held(large), held(huge, varied=True)] == [0] * 4
     large.data.label_texts = 1
     assert held(large) == held(large, varied=True)

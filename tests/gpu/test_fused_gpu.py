@@ -15,7 +15,7 @@ from haste_dist.config import EncoderConfig
 from haste_dist.dry_run import dry_run
 from haste_dist.encoder import Encoder, build_encoder, fuse_blocks
 from haste_dist.flat import FlatModule
-from haste_dist.graphs import GraphedModule
+from haste_dist.graphs import LEAST_TOKENS, GraphedModule
 from haste_kernels import encoder_ops as ops
 from haste_kernels import encoder_reference as reference
 
@@ -164,7 +164,7 @@ def test_a_seed_gives_the_same_bits_each_time_and_made_again(tokens: int) -> Non
 
 
 def test_recorded_passes_are_launched_ones() -> None:
-    launched, recorded = GraphedModule(make_fused(), records=False), GraphedModule(make_fused())
+    launched, recorded = GraphedModule(make_fused(), 0), GraphedModule(make_fused(), LEAST_TOKENS)
     for seed in range(4):
         ids, mask = make_texts(24)
         for one, other in zip(both_passes(launched, ids, mask, seed), both_passes(recorded, ids, mask, seed), strict=True):

@@ -95,3 +95,50 @@ def test_recordings_share_their_memory_in_whatever_order_lengths_come(tmp_path: 
         assert held[-1] < engine.peak_bytes() <= torch.cuda.max_memory_reserved()
     print("held:", held)
     assert max(held) <= 1.1 * held[0] + (4 << 20)
+
+
+class Asking(torch.nn.Module):
+    """A part whose forward pass makes the host wait for the GPU, which a recording does not allow."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + 0 * x.sum().item())
+
+
+def test_a_run_goes_on_where_recording_fails(tmp_path: Path) -> None:
+    """With dropout, whose generator must be as it was."""
+    config, world = make_prepared(tmp_path, overrides=["launch.device=cuda", "encoder.dropout=0.2"]), join_world("cuda")
+    losses = []
+    for graphs in (True, False):
+        config.encoder.graphs = graphs
+        encoder = make_encoder(config, open_prepared(config).manifest)
+        encoder.project = Asking()
+        engine = EncoderEngine(encoder, config.encoder, world)
+        ids = torch.randint(2, 9, (4, 8), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+        losses.append([])
+        for step in range(4):
+            torch.manual_seed(step)
+            if graphs and step == 1:
+                with pytest.warns(UserWarning, match="cannot be recorded and are launched as ever"):
+                    x_BD = engine.forward(ids, torch.ones_like(ids))
+            else:
+                x_BD = engine.forward(ids, torch.ones_like(ids))
+            engine.backward(x_BD, torch.ones_like(x_BD))
+            engine.step(1e-3)
+            losses[-1].append(x_BD.float().sum().item())
+        assert engine.held_bytes() == 0 or not graphs
+    assert losses[0] == losses[1]
+
+
+def test_passes_are_recorded_after_a_profile(tmp_path: Path) -> None:
+    config, world = make_prepared(tmp_path, overrides=["launch.device=cuda", "encoder.dropout=0.2"]), join_world("cuda")
+    engine = EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world)
+    for length in (8, 16):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
+            torch.zeros(1, device="cuda").add_(1)
+        for _ in range(3):
+            ids = torch.randint(2, 9, (4, length), device="cuda")
+            x_BD = engine.forward(ids, torch.ones_like(ids))
+            engine.backward(x_BD, torch.ones_like(x_BD))
+    module = engine._flat
+    assert isinstance(module, GraphedModule)
+    assert module.replays == 4

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from haste_dist.encoder import Encoder
-from haste_dist.graphs import GraphedModule
+from haste_dist.graphs import LEAST_TOKENS, GraphedModule
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -56,7 +56,7 @@ def test_bfloat16_is_as_exact_as_attention_written_out(tokens: int) -> None:
 def test_recorded_passes_are_launched_ones() -> None:
     torch.manual_seed(0)
     model = AutoModel.from_config(AutoConfig.for_model("mpnet", **SIZES), add_pooling_layer=False).cuda().bfloat16().eval()
-    launched, recorded = (GraphedModule(Encoder(copy.deepcopy(model)), records=records).train() for records in (False, True))
+    launched, recorded = (GraphedModule(Encoder(copy.deepcopy(model)), most).train() for most in (0, LEAST_TOKENS))
     for module in (launched, recorded):
         for part in module.modules():
             if isinstance(part, torch.nn.Dropout):
