@@ -3,15 +3,31 @@
 The optimizer's side of a step costs the host a fixed time a parameter: hooks, copies into buckets, norms, launches. With one flat
 parameter there is one of each. The module reads views of it, and autograd joins their gradients into the flat one.
 
+A part of the module may take parameters of several of its own parts as one: ``joined`` names those parts. Where what they call ``weight``
+(or ``bias``) is of one shape and lies end to end, ``joined_weight`` of that part is a view of all of it, (their number x rows, ...).
+
 Letters: P numbers in the flat tensor: those of matrices first, which weight decay applies to, then those of biases and norms.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Places = list[tuple[nn.Module, str]]  # modules, and what they call a tensor; more than one where weights are shared
+
+
+@dataclass
+class _Piece:
+    """A parameter, or several of one shape that are bound together as well."""
+
+    size: int  # of all of them
+    shape: torch.Size  # of each
+    places: list[Places]  # of each
+    whole: Places
 
 
 class FlatModule(nn.Module):
@@ -27,12 +43,19 @@ class FlatModule(nn.Module):
         self.decayed = sum(p.numel() for _, p in named if p.ndim > 1)
         self.flat = nn.Parameter(torch.cat([p.detach().flatten() for _, p in named]))
         index = {id(p): i for i, (_, p) in enumerate(named)}
-        self._places: list[list[tuple[nn.Module, str]]] = [[] for _ in named]  # more than one where weights are shared
+        joins = _joins(module, index)
+        places: list[Places] = [[] for _ in named]
         for part in module.modules():
             for name, p in list(part._parameters.items()):
                 if p is not None and id(p) in index:
                     del part._parameters[name]
-                    self._places[index[id(p)]].append((part, name))
+                    places[index[id(p)]].append((part, name))
+        self._pieces: list[_Piece] = []
+        i = 0
+        while i < len(named):
+            count, whole = joins.get(i, (1, []))
+            self._pieces.append(_Piece(count * self.sizes[i], self.shapes[i], places[i : i + count], whole))
+            i += count
         self.module = module
         self.bind()
 
@@ -40,9 +63,13 @@ class FlatModule(nn.Module):
         """Points the module at views of ``flat`` (or of another tensor of its shape) as it is now; with grad enabled, gradients flow
         back through them."""
         flat_P = self.flat if flat_P is None else flat_P
-        for view, shape, places in zip(flat_P.split(self.sizes), self.shapes, self._places, strict=True):
-            for part, name in places:
-                part.__dict__[name] = view.view(shape)
+        for view, piece in zip(flat_P.split([piece.size for piece in self._pieces]), self._pieces, strict=True):
+            each = view.view(-1, *piece.shape)
+            for part, name in piece.whole:
+                part.__dict__[name] = each.flatten(0, 1)
+            for one, places in zip(each.unbind(), piece.places, strict=True):
+                for part, name in places:
+                    part.__dict__[name] = one
 
     def forward(self, *arguments: Any) -> Any:
         self.bind()
@@ -52,6 +79,20 @@ class FlatModule(nn.Module):
         """(name, view of its shape) of each trained parameter in ``flat_P``, which may be longer than P."""
         views = flat_P[: sum(self.sizes)].split(self.sizes)
         return ((name, view.view(shape)) for name, view, shape in zip(self.names, views, self.shapes, strict=True))
+
+
+def _joins(module: nn.Module, index: dict[int, int]) -> dict[int, tuple[int, Places]]:
+    """Of the first of parameters that a part takes as one, by its ``index`` in the flat tensor: how many they are, and where they go."""
+    found: dict[int, tuple[int, Places]] = {}
+    for part in module.modules():
+        names: tuple[str, ...] = getattr(part, "joined", ())
+        for kind in ("weight", "bias") if names else ():
+            parameters = [part.get_submodule(name)._parameters.get(kind) for name in names]
+            first = index.get(id(parameters[0]), -1)
+            behind = [index.get(id(p)) for p in parameters] == list(range(first, first + len(names)))
+            if first >= 0 and behind and len({p.shape for p in parameters if p is not None}) == 1:
+                found[first] = (len(names), [(part, f"joined_{kind}")])
+    return found
 
 
 class ClippedAdamW(torch.optim.AdamW):

@@ -23,6 +23,16 @@ _mixed: dict[tuple[type, type], Any] = {}  # one class for all layers of a kind
 class Fused:
     """What the layers below share; mixed into a layer's own class, whose ``forward`` theirs replace."""
 
+    joined: tuple[str, ...] = ()  # parts whose products of one input are made as one; see flat.py
+
+    def _joined(self: Any) -> tuple[Tensor, Tensor]:
+        """Their weights and biases, end to end."""
+        weight, bias = self.__dict__.get("joined_weight"), self.__dict__.get("joined_bias")
+        if weight is None or bias is None:
+            parts = [self.get_submodule(name) for name in self.joined]
+            weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+        return weight, bias
+
     def _seeds(self: Any, count: int, device: torch.device) -> tuple[Tensor | None, ...]:
         return random_seeds(count, device) if self.training else (None,) * count
 
@@ -39,10 +49,12 @@ class Fused:
 
 
 class FusedBert(Fused):
+    joined = ("attention.self.query", "attention.self.key", "attention.self.value")
+
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
         """The mask is (B, 1, S, S), bool, and hides the same keys from every token."""
         x_BSH, own = hidden_states, self.attention.self
-        weight, bias = _joined(own.query, own.key, own.value)
+        weight, bias = self._joined()
         heads, p = own.num_attention_heads, own.dropout.p if self.training else 0.0
         seeds = self._seeds(3, x_BSH.device)
         if takes_heads(x_BSH, own.attention_head_size):
@@ -57,6 +69,8 @@ class FusedBert(Fused):
 
 
 class FusedMPNet(Fused):
+    joined = ("attention.attn.q", "attention.attn.k", "attention.attn.v")
+
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None, **_: Any
     ) -> tuple[Tensor]:
@@ -64,18 +78,13 @@ class FusedMPNet(Fused):
         bias hides padding itself."""
         x_BSH, own, seeds = hidden_states, self.attention.attn, self._seeds(3, hidden_states.device)
         if position_bias is not None and len(position_bias) == 1 and hides_padding(self, x_BSH):
-            weight, bias = _joined(own.q, own.k, own.v)
+            weight, bias = self._joined()
             heads, p = own.num_attention_heads, own.dropout.p if self.training else 0.0
             c_BSH, x_BSH = attend(x_BSH, weight, bias, _seen(attention_mask), heads, p, seeds[0], position_bias[0].contiguous())
         else:
             c_BSH = own.context(x_BSH, position_bias)
         x_MH = self._join(own.o, self.attention, c_BSH.flatten(0, 1), x_BSH.flatten(0, 1), seeds[1])
         return (self._widen_and_join(x_MH, seeds[2]).view_as(hidden_states),)
-
-
-def _joined(*parts: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Several products of one input as one."""
-    return torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
 
 
 def _seen(mask: Tensor | None) -> Tensor | None:

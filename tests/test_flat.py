@@ -54,6 +54,57 @@ def test_updates_are_those_of_adamw_on_each_parameter(clip: float) -> None:
         torch.testing.assert_close(found[name], p, msg=lambda text, name=name: f"{name}: {text}")
 
 
+class Joined(nn.Module):
+    """Takes three layers as one, and the last of them once more by itself."""
+
+    joined = ("a", "b", "c")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.scale = nn.Linear(6, 6), nn.Parameter(torch.tensor(2.0))
+        self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.__dict__.get("joined_weight"), self.__dict__.get("joined_bias")
+        if weight is None:
+            weight = torch.cat([part.weight for part in (self.a, self.b, self.c)])
+        if bias is None:
+            bias = torch.cat([part.bias for part in (self.a, self.b, self.c)])
+        x = nn.functional.linear(self.scale * self.before(x), weight, bias)
+        return torch.cat([x, self.c(x[:, :6])], 1)
+
+
+@pytest.mark.parametrize("fixed", ["", "b.weight", "c.bias", "a"])
+def test_parameters_that_lie_end_to_end_are_taken_as_one(fixed: str) -> None:
+    """Unless one of them is not trained. Their gradients are those that each has by itself."""
+    torch.manual_seed(0)
+    plain = Joined()
+    for name, p in plain.named_parameters():
+        p.requires_grad_(not (fixed and name.startswith(fixed)))
+    flat = FlatModule(copy.deepcopy(plain))
+    module = flat.module
+    kinds = {kind for kind in ("weight", "bias") if f"joined_{kind}" in module.__dict__}
+    assert kinds == {"weight", "bias"} - ({"weight", "bias"} if fixed == "a" else {fixed[2:]})
+    for _ in range(2):
+        x = torch.randn(5, 6)
+        for model in (plain, flat):
+            model.zero_grad()
+            model(x).square().sum().backward()
+        assert flat.flat.grad is not None
+        gradients = dict(flat.unflatten(flat.flat.grad))
+        for name, p in plain.named_parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(gradients[name], p.grad, msg=lambda text, name=name: f"{name}: {text}")
+        with torch.no_grad():
+            flat.flat.mul_(0.5)
+            for p in plain.parameters():
+                p.mul_(0.5 if p.requires_grad else 1)
+            flat.bind()
+        for kind in kinds:
+            whole = torch.cat([getattr(part, kind) for part in (module.a, module.b, module.c)])  # type: ignore[union-attr]
+            assert torch.equal(module.__dict__[f"joined_{kind}"], whole)
+
+
 @pytest.mark.parametrize("first", [5, 36, 40])
 def test_parts_of_the_flat_tensor_decay_what_is_theirs(first: int) -> None:
     """A cut among the 36 numbers that decay, behind them, and among the others."""

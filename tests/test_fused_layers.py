@@ -13,6 +13,7 @@ from haste_dist import fused_layers
 from haste_dist.config import EncoderConfig
 from haste_dist.dry_run import dry_run
 from haste_dist.encoder import Encoder, build_encoder, compile_blocks, fuse_blocks
+from haste_dist.flat import FlatModule
 from haste_dist.fused_layers import fuse_layers, is_fused
 from haste_dist.graphs import can_replay
 from haste_kernels import encoder_ops
@@ -42,7 +43,7 @@ def results(encoder: nn.Module, tokens: int, hides: bool) -> list[torch.Tensor]:
     ids, mask = torch.randint(5, 100, (3, tokens)), torch.ones(3, tokens, dtype=torch.int64)
     if hides:
         mask[0, 7:] = mask[1, tokens - 2 :] = 0
-    given = torch.randn(3, encoder.width, dtype=torch.float64)  # type: ignore[arg-type]
+    given = torch.randn(3, SIZES["hidden_size"], dtype=torch.float64)
     torch.manual_seed(3)
     x_BD = encoder(ids, mask if hides else None)
     encoder.zero_grad()
@@ -57,9 +58,18 @@ def test_embeddings_and_gradients_are_those_of_the_layers_before(family: str) ->
     assert fuse_layers(fused.model) == 2
     assert fuse_layers(fused.model) == 0  # once is enough
     assert [name for name, _ in plain.named_parameters()] == [name for name, _ in fused.named_parameters()]
+    flat = FlatModule(copy.deepcopy(fused))
+    assert all("joined_weight" in layer.__dict__ for layer in flat.module.modules() if is_fused(layer))
     for tokens, hides in ((9, False), (20, True), (133, True)):
-        for own, ours in zip(results(plain, tokens, hides), results(fused, tokens, hides), strict=True):
+        first, *gradients = expected = results(plain, tokens, hides)
+        for own, ours in zip(expected, results(fused, tokens, hides), strict=True):
             torch.testing.assert_close(ours, own, rtol=1e-9, atol=1e-11)
+        x_BD, gradient_P = results(flat, tokens, hides)
+        torch.testing.assert_close(x_BD, first, rtol=1e-9, atol=1e-11)
+        trained = [name for name, p in plain.named_parameters() if p.grad is not None]
+        found = dict(flat.unflatten(gradient_P))
+        for name, own in zip(trained, gradients, strict=True):
+            torch.testing.assert_close(found[name], own, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels themselves")
