@@ -20,7 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from haste_dist.config import EncoderConfig
 from haste_dist.errors import ConfigError
-from haste_dist.fused_layers import fuse_layers, is_fused
+from haste_dist.fused_layers import fuse_layers, is_fused, spare_last_layer
 from haste_dist.imports import no_collection
 from haste_kernels.encoder_ops import has_kernels
 
@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         if self.whole_mask and mask is not None:
             mask = mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
         with sdpa_kernel(CUDNN_FIRST, set_priority=True) if self.cudnn and self.training else nullcontext():
-            hidden_BSD = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+            hidden_BSD = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # or (B, 1, D), where that is enough
         if self.pooling == "cls":
             x_BD = hidden_BSD[:, 0]
         elif attention_mask is None:
@@ -201,7 +201,11 @@ def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_lengt
 
 def fuse_blocks(encoder: Encoder) -> bool:
     """Gives blocks the kernels that there are for their kind, on a GPU with Triton and on the meta device. Whether any has them now."""
-    return encoder.whole_mask and has_kernels(next(encoder.parameters())) and fuse_layers(encoder.model) > 0
+    if not (encoder.whole_mask and has_kernels(next(encoder.parameters())) and fuse_layers(encoder.model) > 0):
+        return False
+    if encoder.pooling == "cls":
+        spare_last_layer(encoder.model)
+    return True
 
 
 def compile_blocks(encoder: Encoder) -> None:

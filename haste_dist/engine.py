@@ -18,7 +18,7 @@ from haste_dist.errors import CheckpointError
 from haste_dist.flat import ClippedAdamW, FlatModule
 from haste_dist.graphs import GraphedModule, most_tokens
 from haste_dist.imports import no_collection
-from haste_dist.meters import stage
+from haste_dist.meters import encoder_work, stage
 from haste_dist.world import World
 
 OTHER = "set encoder.* as the run's config.yaml has it, or name another run.folder"
@@ -39,10 +39,11 @@ class EncoderEngine:
             fuse_blocks(encoder)
         if config.compile:
             compile_blocks(encoder)
-        self.width = encoder.width
-        self._engine = None
         if config.frozen:
             self.module.to(self.dtype).requires_grad_(False)
+        self.work, self.width = encoder_work(encoder), encoder.width  # before the weights are joined
+        self._engine = None
+        if config.frozen:
             return
         most = most_tokens(config, encoder)
         pads = world.device.type == "cuda" and (most > 0 or config.attention == "cudnn")

@@ -64,10 +64,11 @@ class FlatModule(nn.Module):
         back through them."""
         flat_P = self.flat if flat_P is None else flat_P
         for view, piece in zip(flat_P.split([piece.size for piece in self._pieces]), self._pieces, strict=True):
-            each = view.view(-1, *piece.shape)
+            stacked = view.view(-1, *piece.shape) if piece.whole else None
             for part, name in piece.whole:
-                part.__dict__[name] = each.flatten(0, 1)
-            for one, places in zip(each.unbind(), piece.places, strict=True):
+                part.__dict__[name] = view.view(-1, *piece.shape[1:])
+            each = [view.view(piece.shape)] if stacked is None else stacked.unbind()
+            for one, places in zip(each, piece.places, strict=True):
                 for part, name in places:
                     part.__dict__[name] = one
 

@@ -23,6 +23,7 @@ _mixed: dict[tuple[type, type], Any] = {}  # one class for all layers of a kind
 class Fused:
     """What the layers below share; mixed into a layer's own class, whose ``forward`` theirs replace."""
 
+    first_only = False  # whether the answer is that of each text's first token alone
     joined: tuple[str, ...] = ()  # parts whose products of one input are made as one; see flat.py
 
     def _joined(self: Any) -> tuple[Tensor, Tensor]:
@@ -52,12 +53,20 @@ class FusedBert(Fused):
     joined = ("attention.self.query", "attention.self.key", "attention.self.value")
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-        """The mask is (B, 1, S, S), bool, and hides the same keys from every token."""
+        """The mask is (B, 1, S, S), bool, and hides the same keys from every token. (B, S, H), or (B, 1, H) of the first token."""
         x_BSH, own = hidden_states, self.attention.self
         weight, bias = self._joined()
         heads, p = own.num_attention_heads, own.dropout.p if self.training else 0.0
         seeds = self._seeds(3, x_BSH.device)
-        if takes_heads(x_BSH, own.attention_head_size):
+        if self.first_only:
+            width = (len(weight) // 3, 2 * len(weight) // 3)
+            (of_q, of_kv), (q_bias, kv_bias) = weight.split(width), bias.split(width)
+            kv_BSC, x_BSH = F.linear(x_BSH, of_kv, kv_bias), x_BSH[:, :1]
+            q = F.linear(x_BSH, of_q, q_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+            k, v = kv_BSC.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+            mask = None if attention_mask is None else attention_mask[:, :, :1]
+            c_BSH = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p).transpose(1, 2).flatten(2)
+        elif takes_heads(x_BSH, own.attention_head_size):
             c_BSH, x_BSH = attend(x_BSH, weight, bias, _seen(attention_mask), heads, p, seeds[0])
         else:
             q, k, v = F.linear(x_BSH, weight, bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
@@ -65,7 +74,13 @@ class FusedBert(Fused):
             c_BSH = c_BASd.transpose(1, 2).flatten(2)
         output = self.attention.output
         x_MH = self._join(output.dense, output, c_BSH.flatten(0, 1), x_BSH.flatten(0, 1), seeds[1])
-        return self._widen_and_join(x_MH, seeds[2]).view_as(hidden_states)  # type: ignore[no-any-return]
+        return self._widen_and_join(x_MH, seeds[2]).view_as(x_BSH)  # type: ignore[no-any-return]
+
+    def once_a_text(self: Any) -> list[Tensor]:
+        """Matrices that only a text's first token is multiplied with."""
+        attention = self.attention
+        parts = (attention.self.query, attention.output.dense, self.intermediate.dense, self.output.dense) if self.first_only else ()
+        return [part.weight for part in parts]
 
 
 class FusedMPNet(Fused):
@@ -114,6 +129,17 @@ def fuse_layers(model: nn.Module) -> int:
         if type(part).__name__ in ("BertEmbeddings", "ElectraEmbeddings") and type(part.word_embeddings) is nn.Embedding:
             _mix_in(FusedEmbeddings, part)
     return len(found)
+
+
+def spare_last_layer(model: Any) -> bool:
+    """For a pooling that reads the first token of the last layer alone: there it is the only one that is worked out, from all tokens' keys
+    and values. Whether the model ends in a layer that can do so."""
+    layers = getattr(getattr(model, "encoder", None), "layer", None)
+    last = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
+    if not isinstance(last, FusedBert):
+        return False
+    last.first_only = True
+    return True
 
 
 def _mix_in(kind: type, part: nn.Module) -> None:

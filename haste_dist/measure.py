@@ -33,7 +33,7 @@ from haste_dist.errors import OutOfMemory
 from haste_dist.live_bytes import LiveBytes
 from haste_dist.loader import Batch
 from haste_dist.memory import GIB, Facts, memory_plan, room
-from haste_dist.meters import STAGES, StageTimes, encoder_work, watched_by
+from haste_dist.meters import STAGES, StageTimes, watched_by
 from haste_dist.records import package_version, stamp
 from haste_dist.rewire import rewire
 from haste_dist.runlog import RunLog
@@ -111,7 +111,6 @@ class Bench:
         self.world = world
         torch.manual_seed(config.run.seed)
         self.encoder: Encoder = build_encoder(config.encoder, VOCABULARY, 0, config.data.max_length, pretrained=False)
-        self.work = encoder_work(self.encoder)  # before an engine has taken the weights
         self.engine = EncoderEngine(self.encoder, config.encoder, world)
 
     def measure(self, config: Config, point: Point, law: LabelLaw, effort: Effort) -> Row:
@@ -235,7 +234,7 @@ class Bench:
             if any(reduced):
                 found |= dict(zip((f"{name}_{q}_ms" for q in QUANTILES), reduced, strict=True))
         tokens, length = point.batch * config.data.max_length, config.data.max_length
-        flops = self.work.flops(tokens, tokens * length) / world.size
+        flops = self.engine.work.flops(tokens, tokens * length) / world.size
         found |= {"encoder_flops": flops, "peak_gib": _most(peak, world) / GIB}
         seconds = found["p50_ms"] / 1e3
         found |= {"samples_per_s": point.batch / seconds, "tokens_per_s": tokens / seconds}

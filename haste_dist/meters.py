@@ -105,14 +105,17 @@ class EncoderWork:
 
 def encoder_work(encoder: nn.Module) -> EncoderWork:
     """Two operations a weight and token forward, two backward to the inputs, two to each weight that is trained; 4 D a layer and pair of
-    tokens for attention, three times with its backward pass. Embedding tables are looked up, not multiplied.
+    tokens for attention, three times with its backward pass. Embedding tables are looked up, not multiplied, and what is done once a text
+    is next to nothing.
     """
     tables = {id(m.weight) for m in encoder.modules() if isinstance(m, nn.Embedding)}
-    tables |= {id(p) for name, p in encoder.named_parameters() if name.startswith("project.")}  # once a text: next to nothing
+    tables |= {id(p) for name, p in encoder.named_parameters() if name.startswith("project.")}
+    spared = [m for m in encoder.modules() if getattr(m, "first_only", False)]
+    tables |= {id(p) for layer in spared for p in layer.once_a_text()}  # type: ignore[operator]
     matrices = [p for p in encoder.parameters() if p.ndim > 1 and id(p) not in tables]
     weights, trained = sum(p.numel() for p in matrices), sum(p.numel() for p in matrices if p.requires_grad)
     config: Any = getattr(getattr(encoder, "model", None), "config", None)
-    pair = 4.0 * getattr(config, "hidden_size", 0) * getattr(config, "num_hidden_layers", 0)
+    pair = 4.0 * getattr(config, "hidden_size", 0) * (getattr(config, "num_hidden_layers", 0) - len(spared))
     backward = any(p.requires_grad for p in encoder.parameters())
     return EncoderWork(2.0 * weights * (2 if backward else 1) + 2.0 * trained, pair * (3 if backward else 1))
 

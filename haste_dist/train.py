@@ -26,7 +26,7 @@ from haste_dist.evaluate import evaluate_texts
 from haste_dist.guards import Guard, LossSpikes, dead_groups
 from haste_dist.held_out import trained_split
 from haste_dist.loader import Batch, BatchMaker, open_texts
-from haste_dist.meters import StepTimer, encoder_work, peak_memory, stage, tail_traffic
+from haste_dist.meters import StepTimer, peak_memory, stage, tail_traffic
 from haste_dist.model import changed_settings, make_classifier, make_encoder, prior_bias, save_run_files
 from haste_dist.preflight import check_run, restore
 from haste_dist.profiling import StepProfile
@@ -85,7 +85,6 @@ class Training:
         self.plan = plan_steps(config, self.batches.steps_per_epoch)
 
         encoder = make_encoder(config, prepared.manifest)
-        work = encoder_work(encoder)
         start = checkpoint.newest(self.saved)
         self.state = RunState()
         self.classifier = make_classifier(config, prepared.order, encoder.width, world, drawn=start is None)
@@ -105,7 +104,7 @@ class Training:
         self.log = log = RunLog(run, enabled=world.is_first, trackers=trackers)
         self._log_start(len(texts), changed)
         self.vote = StopVote(world)
-        self.timer = StepTimer(self.pace.texts, world, work, self.engine.dtype, tail_traffic(self.classifier.tail))
+        self.timer = StepTimer(self.pace.texts, world, self.engine.work, self.engine.dtype, tail_traffic(self.classifier.tail))
         self.profile = StepProfile(config.train.profile, run, world, self.log)
         self.guard, self.spikes = Guard(run, world, config.train.skip_batches, self.state.skipped), LossSpikes()
 

@@ -14,8 +14,9 @@ from haste_dist.config import EncoderConfig
 from haste_dist.dry_run import dry_run
 from haste_dist.encoder import Encoder, build_encoder, compile_blocks, fuse_blocks
 from haste_dist.flat import FlatModule
-from haste_dist.fused_layers import fuse_layers, is_fused
+from haste_dist.fused_layers import fuse_layers, is_fused, spare_last_layer
 from haste_dist.graphs import can_replay
+from haste_dist.meters import encoder_work
 from haste_kernels import encoder_ops
 
 SIZES: dict[str, Any] = {
@@ -70,6 +71,40 @@ def test_embeddings_and_gradients_are_those_of_the_layers_before(family: str) ->
         found = dict(flat.unflatten(gradient_P))
         for name, own in zip(trained, gradients, strict=True):
             torch.testing.assert_close(found[name], own, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_the_first_token_of_the_last_layer_is_enough_for_its_pooling(
+    family: str, interpreted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Encoder(make_model(family), pooling="cls").train()
+    fused = copy.deepcopy(plain)
+    plain.double()
+    if not interpreted:
+        fused.double()
+    else:
+        pytest.importorskip("triton")
+    monkeypatch.setattr("haste_dist.encoder.has_kernels", lambda _: True)
+    monkeypatch.setattr(encoder_ops, "has_kernels", lambda _: interpreted)
+    assert fuse_blocks(fused)
+    close = {"rtol": 1e-4, "atol": 1e-5} if interpreted else {"rtol": 1e-9, "atol": 1e-11}
+    for tokens, hides in ((9, False), (20, True)):
+        for own, ours in zip(results(plain, tokens, hides), results(fused, tokens, hides), strict=True):
+            torch.testing.assert_close(ours.double(), own, **close)
+    one, two = fused.model.encoder.layer  # type: ignore[union-attr]
+    x_BSH = torch.randn(3, 9, 32, dtype=next(fused.parameters()).dtype)
+    assert (one(x_BSH).shape, two(x_BSH).shape) == ((3, 9, 32), (3, 1, 32))
+    flops, less = encoder_work(plain).flops(900, 8100), encoder_work(fused).flops(900, 8100)
+    assert flops - less == 6 * 900 * (2 * 32 * 32 + 2 * 32 * 48) + 3 * 4 * 32 * 8100
+
+
+def test_models_that_end_otherwise_work_out_all_tokens() -> None:
+    mpnet = Encoder(make_model("mpnet"), pooling="cls")
+    fuse_layers(mpnet.model)
+    assert not spare_last_layer(mpnet.model)
+    assert not spare_last_layer(make_model("bert"))
+    assert mpnet(torch.randint(5, 100, (2, 9)), None).shape == (2, 32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels themselves")
