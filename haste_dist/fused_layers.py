@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from haste_kernels.encoder_ops import attend, dropout_add_norm, random_seeds, takes_heads, widen
+from haste_kernels.encoder_ops import attend, attend_first, dropout_add_norm, embed, random_seeds, takes_heads, widen
 
 OWN = ("query", "key", "value", "q", "k", "v", "o", "dropout")  # what attention consists of
 
@@ -59,13 +59,8 @@ class FusedBert(Fused):
         heads, p = own.num_attention_heads, own.dropout.p if self.training else 0.0
         seeds = self._seeds(3, x_BSH.device)
         if self.first_only:
-            width = (len(weight) // 3, 2 * len(weight) // 3)
-            (of_q, of_kv), (q_bias, kv_bias) = weight.split(width), bias.split(width)
-            kv_BSC, x_BSH = F.linear(x_BSH, of_kv, kv_bias), x_BSH[:, :1]
-            q = F.linear(x_BSH, of_q, q_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
-            k, v = kv_BSC.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
-            mask = None if attention_mask is None else attention_mask[:, :, :1]
-            c_BSH = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p).transpose(1, 2).flatten(2)
+            c_BSH = attend_first(x_BSH, weight, bias, _seen(attention_mask), heads, p)
+            x_BSH = x_BSH[:, :1]
         elif takes_heads(x_BSH, own.attention_head_size):
             c_BSH, x_BSH = attend(x_BSH, weight, bias, _seen(attention_mask), heads, p, seeds[0])
         else:
@@ -75,12 +70,6 @@ class FusedBert(Fused):
         output = self.attention.output
         x_MH = self._join(output.dense, output, c_BSH.flatten(0, 1), x_BSH.flatten(0, 1), seeds[1])
         return self._widen_and_join(x_MH, seeds[2]).view_as(x_BSH)  # type: ignore[no-any-return]
-
-    def once_a_text(self: Any) -> list[Tensor]:
-        """Matrices that only a text's first token is multiplied with."""
-        attention = self.attention
-        parts = (attention.self.query, attention.output.dense, self.intermediate.dense, self.output.dense) if self.first_only else ()
-        return [part.weight for part in parts]
 
 
 class FusedMPNet(Fused):
@@ -108,15 +97,13 @@ def _seen(mask: Tensor | None) -> Tensor | None:
 
 
 class FusedEmbeddings:
-    """BERT's: the norm of the sum of three tables' rows, with dropout. All tokens are of one type, whose row is the same to all: a bias."""
+    """BERT's: dropout of the norm of the sum of three tables' rows. All tokens are of one type, whose row is the same to all."""
 
     def forward(self: Any, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        texts, tokens = input_ids.shape
-        word_BSH, norm = self.word_embeddings(input_ids), self.LayerNorm
-        place_MH = self.position_embeddings.weight[:tokens].expand(texts, -1, -1).flatten(0, 1)
-        kind_H = self.token_type_embeddings.weight[0]
-        y_MH = dropout_add_norm(word_BSH.flatten(0, 1), kind_H, place_MH, norm.weight, norm.bias, 0.0, norm.eps, None)
-        return self.dropout(y_MH).view_as(word_BSH)  # type: ignore[no-any-return]
+        word, norm, p = self.word_embeddings, self.LayerNorm, self.dropout.p if self.training else 0.0
+        place_SH, kind_H = self.position_embeddings.weight[: input_ids.shape[1]], self.token_type_embeddings.weight[0]
+        [seed] = random_seeds(1, input_ids.device) if self.training else (None,)
+        return embed(input_ids, word.weight, place_SH, kind_H, norm.weight, norm.bias, word.padding_idx, p, norm.eps, seed)
 
 
 def fuse_layers(model: nn.Module) -> int:
@@ -132,8 +119,8 @@ def fuse_layers(model: nn.Module) -> int:
 
 
 def spare_last_layer(model: Any) -> bool:
-    """For a pooling that reads the first token of the last layer alone: there it is the only one that is worked out, from all tokens' keys
-    and values. Whether the model ends in a layer that can do so."""
+    """For a pooling that reads the first token of the last layer alone: the only one that is then worked out there. Whether the model ends
+    in a layer that can do so."""
     layers = getattr(getattr(model, "encoder", None), "layer", None)
     last = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
     if not isinstance(last, FusedBert):

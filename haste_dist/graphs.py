@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from haste_dist.config import EncoderConfig
 from haste_dist.encoder import Encoder, blocks_to_compile
 from haste_dist.flat import FlatModule
+from haste_dist.imports import no_collection
 
 # B * S of the largest batches that are recorded: those whose activations, which are held for good, are about as large as BERT-base's
 # with LEAST_TOKENS (5 GiB); and of large encoders, which keep the GPU busy as they are, LEAST_TOKENS.
@@ -125,6 +126,7 @@ class GraphedModule(FlatModule):
             return self._record(rows, length)
         except RuntimeError as error:  # CUDA's errors too
             self._most = 0
+            self._pool = self._pool if any(self._recorded.values()) else None
             _end_recording(self.flat.device)
             reason = (str(error) or type(error).__name__).splitlines()[0]
             warnings.warn(f"the encoder's passes cannot be recorded and are launched as ever, more slowly ({reason})", stacklevel=2)
@@ -146,7 +148,8 @@ class GraphedModule(FlatModule):
         how: Any = {"pool": self._pool, "capture_error_mode": "thread_local"}
         # A leaf of its own: the parameter's gradient node belongs to the stream that DeepSpeed's hooks were made on.
         flat_P = self.flat.detach().requires_grad_()
-        with torch.random.fork_rng(devices=[device]):
+        # No collection of what is garbage by now: freeing it may be what a recording does not allow.
+        with no_collection(), torch.random.fork_rng(devices=[device]):
             with torch.cuda.graph(forward, **how):
                 self.bind(flat_P)
                 x_BD = self.module(ids_BS, mask_BS)

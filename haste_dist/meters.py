@@ -111,7 +111,7 @@ def encoder_work(encoder: nn.Module) -> EncoderWork:
     tables = {id(m.weight) for m in encoder.modules() if isinstance(m, nn.Embedding)}
     tables |= {id(p) for name, p in encoder.named_parameters() if name.startswith("project.")}
     spared = [m for m in encoder.modules() if getattr(m, "first_only", False)]
-    tables |= {id(p) for layer in spared for p in layer.once_a_text()}  # type: ignore[operator]
+    tables |= {id(p) for layer in spared for p in layer.parameters()}
     matrices = [p for p in encoder.parameters() if p.ndim > 1 and id(p) not in tables]
     weights, trained = sum(p.numel() for p in matrices), sum(p.numel() for p in matrices if p.requires_grad)
     config: Any = getattr(getattr(encoder, "model", None), "config", None)

@@ -72,6 +72,46 @@ def attend(
     return _Attend.apply(x_BSH, w_CH, b_C, seen_BS, heads, p, seed, pair_ASS)  # type: ignore[no-any-return]
 
 
+def attend_first(x_BSH: Tensor, w_CH: Tensor, b_C: Tensor, seen_BS: Tensor | None, heads: int, p: float) -> Tensor:
+    """(B, 1, H): ``attend`` of each text's first token alone, without keys and values of any, for there is one query to all of them:
+
+        q . (W_k x + b_k) = (W_k^T q) . x + what all scores share        sum p (W_v x + b_v) = W_v sum p x + b_v sum p
+
+    Plain torch on every device, whose generator drops probabilities.
+    """
+    (q_HH, k_HH, v_HH), (q_H, _, v_H) = w_CH.chunk(3), b_C.chunk(3)
+    k_AdH, v_AdH = (one.unflatten(0, (heads, -1)) for one in (k_HH, v_HH))
+    q_BAd = torch.nn.functional.linear(x_BSH[:, 0], q_HH, q_H).unflatten(-1, (heads, -1))
+    t_BAH = (q_BAd.transpose(0, 1) @ k_AdH).transpose(0, 1)
+    s_BAS = _Scores.apply(t_BAH, x_BSH) * q_BAd.shape[-1] ** -0.5
+    if seen_BS is not None:
+        s_BAS = s_BAS.masked_fill(~seen_BS[:, None], torch.finfo(s_BAS.dtype).min)
+    p_BAS = torch.nn.functional.dropout(s_BAS.softmax(-1), p).to(x_BSH.dtype)
+    if seen_BS is not None:
+        p_BAS = p_BAS.masked_fill(~seen_BS[:, None], 0.0)  # of a text of padding alone, too
+    c_ABH = (p_BAS @ x_BSH).transpose(0, 1)
+    o_BAd = (c_ABH @ v_AdH.transpose(1, 2)).transpose(0, 1) + p_BAS.sum(-1, keepdim=True) * v_H.unflatten(0, (heads, -1))
+    return o_BAd.flatten(1)[:, None]
+
+
+def embed(
+    ids_BS: Tensor,
+    word_VH: Tensor,
+    place_SH: Tensor,
+    kind_H: Tensor,
+    w_H: Tensor,
+    c_H: Tensor,
+    padding: int | None,
+    p: float,
+    eps: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """(B, S, H): dropout of the layer norm, with weight w and bias c, of word[ids] + place + kind. The row ``padding`` has no gradient."""
+    if not has_kernels(word_VH):
+        return reference.embed(ids_BS, word_VH, place_SH, kind_H, w_H, c_H, padding, p, eps, seed)
+    return _Embed.apply(ids_BS, word_VH, place_SH, kind_H, w_H, c_H, padding, p, eps, seed)  # type: ignore[no-any-return]
+
+
 def widen(x_MH: Tensor, w_CH: Tensor, b_C: Tensor) -> tuple[Tensor, Tensor]:
     """(GELU(x w^T + b), x)."""
     if not has_kernels(x_MH):
@@ -132,6 +172,66 @@ class _Attend(torch.autograd.Function):
             db_C, dpair_ASS = attention_backward(do_BSH, qkv_BSC, pair_ASS, seen_BS, lse_BAS, ctx.heads, ctx.p, seed, dqkv_BSC)
         dx_MH, dw_CH = _product_gradients(dr_BSH.flatten(0, 1), dqkv_BSC.flatten(0, 1), x_BSH.flatten(0, 1), w_CH)
         return dx_MH.view_as(x_BSH), dw_CH, db_C, None, None, None, None, dpair_ASS
+
+
+class _Scores(torch.autograd.Function):
+    """t x^T of (B, A, H) and (B, S, H), in float32 at least: rounded to bfloat16, large ones would be too far off."""
+
+    @staticmethod
+    def forward(ctx: Any, t_BAH: Tensor, x_BSH: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(t_BAH, x_BSH)
+        if not t_BAH.is_cuda or t_BAH.dtype == torch.float32:
+            return torch.bmm(*(one if one.itemsize > 2 else one.float() for one in (t_BAH, x_BSH.transpose(1, 2))))
+        return torch.bmm(t_BAH, x_BSH.transpose(1, 2), out_dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ds_BAS: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        t_BAH, x_BSH = ctx.saved_tensors
+        ds_BAS = ds_BAS.to(x_BSH.dtype)
+        return ds_BAS @ x_BSH, ds_BAS.transpose(1, 2) @ t_BAH
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        ids_BS: Tensor,
+        word_VH: Tensor,
+        place_SH: Tensor,
+        kind_H: Tensor,
+        w_H: Tensor,
+        c_H: Tensor,
+        padding: int | None,
+        p: float,
+        eps: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        ids_BS = ids_BS.contiguous()
+        word_VH, place_SH, kind_H = (one.contiguous() for one in (word_VH, place_SH, kind_H))
+        y_BSH = word_VH.new_empty(*ids_BS.shape, word_VH.shape[1])
+        mean_M, rstd_M = (word_VH.new_empty(ids_BS.numel(), dtype=torch.float32) for _ in range(2))
+        if not y_BSH.is_meta:
+            from haste_kernels.triton_embed import embed_forward
+
+            embed_forward(ids_BS, word_VH, place_SH, kind_H, w_H, c_H, p, eps, seed, y_BSH, mean_M, rstd_M)
+        ctx.save_for_backward(ids_BS, word_VH, place_SH, kind_H, w_H, mean_M, rstd_M, seed)
+        ctx.padding, ctx.p = padding, p
+        return y_BSH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BSH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ids_BS, word_VH, place_SH, kind_H, w_H, mean_M, rstd_M, seed = ctx.saved_tensors
+        dh_BSH, dword_VH = torch.empty_like(dy_BSH, memory_format=torch.contiguous_format), torch.zeros_like(word_VH)
+        sums_3H = w_H.new_empty(3, len(w_H))
+        if not dy_BSH.is_meta:
+            from haste_kernels.triton_embed import embed_backward, table_gradient
+
+            sums_3H = embed_backward(dy_BSH.contiguous(), ids_BS, word_VH, place_SH, kind_H, w_H, mean_M, rstd_M, ctx.p, seed, dh_BSH)
+            table_gradient(dh_BSH, ids_BS, dword_VH, ctx.padding)
+        dkind_H, dw_H, dc_H = sums_3H
+        return None, dword_VH, dh_BSH.sum(0), dkind_H, dw_H, dc_H, None, None, None, None
 
 
 class _Widen(torch.autograd.Function):

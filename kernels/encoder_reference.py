@@ -35,6 +35,23 @@ def dropout_add_norm(
     return F.layer_norm(r_MH + drop(x_MH + b_H, p, seed), w_H.shape, w_H, c_H, eps)
 
 
+def embed(
+    ids_BS: Tensor,
+    word_VH: Tensor,
+    place_SH: Tensor,
+    kind_H: Tensor,
+    w_H: Tensor,
+    c_H: Tensor,
+    padding: int | None,
+    p: float,
+    eps: float,
+    seed: Tensor | None,
+) -> Tensor:
+    h_BSH = F.embedding(ids_BS, word_VH, padding) + place_SH + kind_H
+    y_BSH = F.layer_norm(h_BSH, w_H.shape, w_H, c_H, eps)
+    return drop(y_BSH.flatten(0, 1), p, seed).view_as(y_BSH)
+
+
 def attention(qkv_BSC: Tensor, seen_BS: Tensor | None, heads: int, p: float, seed: Tensor | None, pair_ASS: Tensor | None = None) -> Tensor:
     """(B, S, A d); C is 3 A d: q, k and v of all heads."""
     texts, tokens, _ = qkv_BSC.shape

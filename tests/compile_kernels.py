@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from haste_kernels import triton_attention, triton_gelu, triton_norm, tuning
+from haste_kernels import triton_attention, triton_embed, triton_gelu, triton_norm, tuning
 from haste_kernels.encoder_ops import LONGEST_PAIRED
 from haste_launch.bench_case import BACKWARD, FORWARD, HEAD, TAIL, TOPK, Case
 from haste_launch.bench_tune import META, tunables
@@ -66,6 +66,10 @@ def encoder_passes() -> Iterator[tuple[str, Callable[[], object]]]:
     x, w, row = made(256, size), made(size), made(256, dtype=torch.float32)
     yield "norm", partial(triton_norm.norm_forward, x, w, x, w, w, 0.1, 1e-5, seed, x, x, row, row)
     yield "norm", partial(triton_norm.norm_backward, x, x, w, row, row, 0.1, seed, x, x)
+    ids, word = made(2, 128, dtype=torch.int64), made(1000, size)
+    yield "embed", partial(triton_embed.embed_forward, ids, word, x[:128], w, w, w, 0.1, 1e-5, seed, x, row, row)
+    yield "embed", partial(triton_embed.embed_backward, x, ids, word, x[:128], w, w, row, row, 0.1, seed, x)
+    yield "embed", partial(triton_embed.table_gradient, x, ids, word, 0)
     z, b = made(256, 4 * size), made(4 * size)
     yield "gelu", partial(triton_gelu.gelu_forward, z, b, z)
     yield "gelu", partial(triton_gelu.gelu_backward, z, z, b, z)

@@ -50,6 +50,29 @@ def test_dropout_add_norm(rows: int, width: int, p: float) -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize(
+    ("texts", "tokens", "width", "ids", "p", "padding"),
+    [(7, 33, 48, 300, 0.3, 0), (30, 20, 300, 6, 0.0, None), (1, 5, 8, 9, 0.5, 3), (4, 32, 16, 1, 0.0, None), (2, 320, 16, 3, 0.1, 1)],
+)
+def test_embed(texts: int, tokens: int, width: int, ids: int, p: float, padding: int | None) -> None:
+    """Ids that no token has, and ids of more tokens than a chunk has, several chunks together."""
+    triton_embed = pytest.importorskip("haste_kernels.triton_embed")
+    torch.manual_seed(tokens)
+    tokens_BS = torch.randint(0, ids, (texts, tokens)).minimum(torch.randint(0, ids, (texts, tokens)))
+    tables = [torch.randn(ids + 2, width), torch.randn(tokens, width), *(torch.randn(width) for _ in range(3))]
+    dy = torch.randn(texts, tokens, width)
+    y, expected = gradients(lambda *i: reference.embed(tokens_BS, *i, padding, p, 1e-5, SEED), tables, dy)
+    mine, mean, rstd = poisoned(texts, tokens, width), poisoned(texts * tokens), poisoned(texts * tokens)
+    triton_embed.embed_forward(tokens_BS, *tables, p, 1e-5, SEED, mine, mean, rstd)
+    close(mine, y, "y")
+    dh, to_word = poisoned(texts, tokens, width), torch.zeros(ids + 2, width)
+    sums = triton_embed.embed_backward(dy, tokens_BS, *tables[:4], mean, rstd, p, SEED, dh)
+    triton_embed.table_gradient(dh, tokens_BS, to_word, padding)
+    for what, found, exact in zip("wpkwc", (to_word, dh.sum(0), *sums), expected, strict=True):
+        close(found, exact, f"gradient of {what}")
+
+
+@needs_interpreter
 @pytest.mark.parametrize(("rows", "width"), [(101, 300), (1, 256), (40, 8)])
 def test_bias_gelu(rows: int, width: int) -> None:
     triton_gelu = pytest.importorskip("haste_kernels.triton_gelu")
@@ -152,18 +175,47 @@ def test_no_grid_is_larger_than_a_gpu_takes(rows: int, monkeypatch: pytest.Monke
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, device="meta", dtype=dtype)
 
-    from haste_kernels import triton_attention, triton_gelu, triton_norm
+    from haste_kernels import triton_attention, triton_embed, triton_gelu, triton_norm
 
     x, w, row, z, b = made(rows, 768), made(768), made(rows), made(rows, 3072), made(3072)
     qkv, out, lse = made(rows // 8, 8, 2304), made(rows // 8, 8, 768), made(rows // 8, 12, 8)
+    ids = made(rows // 8, 8, dtype=torch.int64)
+    triton_embed.embed_forward(ids, x, x[:8], w, w, w, 0.1, 1e-5, SEED, x, row, row)
+    triton_embed.embed_backward(x, ids, x, x[:8], w, w, row, row, 0.1, SEED, x)
+    triton_embed.table_gradient(x, ids, x, 0)
     triton_norm.norm_forward(x, w, x, w, w, 0.1, 1e-5, SEED, x, x, row, row)
     triton_norm.norm_backward(x, x, w, row, row, 0.1, SEED, x, x)
     triton_gelu.gelu_forward(z, b, z)
     triton_gelu.gelu_backward(z, z, b, z)
     triton_attention.attention_forward(qkv, None, None, 12, 0.1, SEED, out, lse)
     triton_attention.attention_backward(out, qkv, None, None, lse, 12, 0.1, SEED, qkv)
-    assert len(grids) == 9
+    assert len(grids) == 14
     assert all(0 < size <= (2**31 - 1, 65_535, 65_535)[axis] for grid in grids for axis, size in enumerate(grid))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_the_first_token_attends_as_all_do(p: float) -> None:
+    """Its embedding and all gradients; of the dropped probabilities the mean, for other bits drop them."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(5, 9, 32), torch.randn(96, 32), torch.randn(96)]
+    seen = torch.rand(5, 9) < 0.7
+    seen[3] = False  # a text of padding alone
+    given = torch.randn(5, 1, 32)
+
+    def first(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return reference.attention(x @ w.T + b, seen, 4, 0.0, None)[:, :1]
+
+    expected, exact = gradients(first, inputs, given)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    draws = 4000 if p else 1
+    many = [ops.attend_first(*leaves, seen, 4, p) for _ in range(draws)]
+    found = torch.stack(many).mean(0)
+    off = 5 * torch.stack(many).std(0) / draws**0.5 if p else 1e-9
+    assert ((found - expected).abs() <= off + 1e-9).all()
+    assert not found[3].any()
+    if not p:
+        for ours, own in zip(torch.autograd.grad(found, leaves, given.double()), exact, strict=True):
+            torch.testing.assert_close(ours, own)
 
 
 def test_all_may_be_dropped() -> None:

@@ -100,13 +100,16 @@ def layers() -> None:
 
 
 def encoders() -> None:
-    """A transformer's layer: every tile of attention, with and without padding and dropout."""
+    """A transformer's layer and the embeddings before it: every tile of attention, with and without padding and dropout."""
     seed = torch.tensor([2**40 + 3], device=CUDA)
     for tokens, heads, width, p, hides, paired in (
         (20, 2, 32, 0.1, True, True), (50, 3, 64, 0.0, False, True), (50, 2, 64, 0.1, True, False), (100, 1, 16, 0.3, True, False),
         (128, 2, 64, 0.1, False, False),
     ):  # fmt: skip
         size = heads * width
+        tables = [normal(*shape, dtype=BF16).requires_grad_() for shape in ((40, size), (tokens, size), (size,), (size,), (size,))]
+        e_BSH = encoder_ops.embed(torch.randint(0, 40, (7, tokens)).to(CUDA), *tables, 3, p, 1e-5, seed)
+        e_BSH.backward(torch.randn_like(e_BSH))
         x_BSH, w_CH = normal(7, tokens, size, dtype=BF16).requires_grad_(), normal(3 * size, size, dtype=BF16).requires_grad_()
         seen = (torch.rand(7, tokens) < 0.8).to(CUDA) if hides else None
         pair = normal(heads, tokens, tokens, dtype=BF16).requires_grad_() if paired else None

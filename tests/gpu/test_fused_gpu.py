@@ -106,6 +106,21 @@ def test_gelu_is_as_exact_as_plain_torch(rows: int, width: int, wide: int) -> No
     compare(ops.widen, plain, inputs, normal(rows, wide), normal(rows, width))
 
 
+@pytest.mark.parametrize(("texts", "tokens", "width", "ids", "p"), [(300, 60, 384, 2000, 0.1), (5, 128, 768, 7, 0.0), (1, 3, 128, 9, 0.2)])
+def test_embeddings_are_as_exact_as_plain_torch(texts: int, tokens: int, width: int, ids: int, p: float) -> None:
+    """With words that most texts have, as in any language."""
+    torch.manual_seed(texts)
+    seed = torch.tensor([texts], device=CUDA)
+    ids_BS = (ids * torch.rand(texts, tokens, device=CUDA) ** 4).long()
+    inputs = [normal(ids, width), normal(tokens, width), *(normal(width) for _ in range(3))]
+    compare(
+        lambda *i: [ops.embed(ids_BS, *i, 1, p, 1e-12, seed)],
+        lambda *i: [reference.embed(ids_BS, *i, 1, p, 1e-12, seed)],
+        inputs,
+        normal(texts, tokens, width),
+    )
+
+
 def make_texts(tokens: int) -> tuple[Tensor, Tensor]:
     ids = torch.randint(5, 99, (5, tokens), device=CUDA)
     mask = torch.ones_like(ids)
@@ -114,12 +129,12 @@ def make_texts(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("tokens", [24, 61, 128, 200])
-@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet"])
-def test_an_encoder_is_as_exact_as_before(family: str, tokens: int) -> None:
+@pytest.mark.parametrize(("family", "pooling"), [("bert", "mean"), ("roberta", "mean"), ("mpnet", "mean"), ("bert", "cls")])
+def test_an_encoder_is_as_exact_as_before(family: str, pooling: str, tokens: int) -> None:
     """Embeddings and the gradient of all weights at once, against float64: an error of at most 1.5 times that of the layers replaced."""
     torch.manual_seed(tokens)
     model = AutoModel.from_config(AutoConfig.for_model(family, **SIZES), add_pooling_layer=False).to(CUDA).eval()
-    truth = Encoder(model).to(BF16).double()  # what bfloat16 holds
+    truth = Encoder(model, pooling).to(BF16).double()  # what bfloat16 holds
     plain = copy.deepcopy(truth).bfloat16()
     fused = copy.deepcopy(plain)
     assert fuse_blocks(fused)
@@ -163,8 +178,9 @@ def test_a_seed_gives_the_same_bits_each_time_and_made_again(tokens: int) -> Non
         assert not torch.equal(a, d)
 
 
-def test_recorded_passes_are_launched_ones() -> None:
-    launched, recorded = GraphedModule(make_fused(), 0), GraphedModule(make_fused(), LEAST_TOKENS)
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_recorded_passes_are_launched_ones(pooling: str) -> None:
+    launched, recorded = (GraphedModule(make_fused(pooling=pooling), most) for most in (0, LEAST_TOKENS))
     for seed in range(4):
         ids, mask = make_texts(24)
         for one, other in zip(both_passes(launched, ids, mask, seed), both_passes(recorded, ids, mask, seed), strict=True):
@@ -172,9 +188,9 @@ def test_recorded_passes_are_launched_ones() -> None:
     assert (launched.replays, recorded.replays) == (0, 3)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_is_what_a_plan_says(checkpointing: bool) -> None:
-    config = EncoderConfig(width=384, heads=12, layers=6, dropout=0.1, checkpointing=checkpointing)
+@pytest.mark.parametrize("more", [{}, {"checkpointing": True}, {"pooling": "cls"}], ids=str)
+def test_memory_is_what_a_plan_says(more: dict[str, Any]) -> None:
+    config = EncoderConfig(width=384, heads=12, layers=6, dropout=0.1, **more)
     needs = dry_run(config, 100, 0, 256, 128, BF16)
     torch.manual_seed(0)
     encoder = build_encoder(config, 100, 0).to(CUDA).to(BF16).train()
