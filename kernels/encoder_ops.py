@@ -98,7 +98,7 @@ def embed(
     ids_BS: Tensor,
     word_VH: Tensor,
     place_SH: Tensor,
-    kind_H: Tensor,
+    kind_H: Tensor | None,
     w_H: Tensor,
     c_H: Tensor,
     padding: int | None,
@@ -106,7 +106,10 @@ def embed(
     eps: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """(B, S, H): dropout of the layer norm, with weight w and bias c, of word[ids] + place + kind. The row ``padding`` has no gradient."""
+    """(B, S, H): dropout of the layer norm, with weight w and bias c, of word[ids] + place + kind (of all
+    tokens, or None). The row ``padding`` has no gradient. Raises ValueError for texts longer than ``place_SH``."""
+    if len(place_SH) != ids_BS.shape[1]:
+        raise ValueError(f"texts of {ids_BS.shape[1]} tokens, places of {len(place_SH)}")
     if not has_kernels(word_VH):
         return reference.embed(ids_BS, word_VH, place_SH, kind_H, w_H, c_H, padding, p, eps, seed)
     return _Embed.apply(ids_BS, word_VH, place_SH, kind_H, w_H, c_H, padding, p, eps, seed)  # type: ignore[no-any-return]
@@ -199,7 +202,7 @@ class _Embed(torch.autograd.Function):
         ids_BS: Tensor,
         word_VH: Tensor,
         place_SH: Tensor,
-        kind_H: Tensor,
+        kind_H: Tensor | None,
         w_H: Tensor,
         c_H: Tensor,
         padding: int | None,
@@ -208,7 +211,7 @@ class _Embed(torch.autograd.Function):
         seed: Tensor | None,
     ) -> Tensor:
         ids_BS = ids_BS.contiguous()
-        word_VH, place_SH, kind_H = (one.contiguous() for one in (word_VH, place_SH, kind_H))
+        word_VH, place_SH, kind_H = word_VH.contiguous(), place_SH.contiguous(), None if kind_H is None else kind_H.contiguous()
         y_BSH = word_VH.new_empty(*ids_BS.shape, word_VH.shape[1])
         mean_M, rstd_M = (word_VH.new_empty(ids_BS.numel(), dtype=torch.float32) for _ in range(2))
         if not y_BSH.is_meta:
@@ -231,7 +234,7 @@ class _Embed(torch.autograd.Function):
             sums_3H = embed_backward(dy_BSH.contiguous(), ids_BS, word_VH, place_SH, kind_H, w_H, mean_M, rstd_M, ctx.p, seed, dh_BSH)
             table_gradient(dh_BSH, ids_BS, dword_VH, ctx.padding)
         dkind_H, dw_H, dc_H = sums_3H
-        return None, dword_VH, dh_BSH.sum(0), dkind_H, dw_H, dc_H, None, None, None, None
+        return None, dword_VH, dh_BSH.sum(0), dkind_H if kind_H is not None else None, dw_H, dc_H, None, None, None, None
 
 
 class _Widen(torch.autograd.Function):

@@ -39,7 +39,7 @@ def embed(
     ids_BS: Tensor,
     word_VH: Tensor,
     place_SH: Tensor,
-    kind_H: Tensor,
+    kind_H: Tensor | None,
     w_H: Tensor,
     c_H: Tensor,
     padding: int | None,
@@ -47,7 +47,7 @@ def embed(
     eps: float,
     seed: Tensor | None,
 ) -> Tensor:
-    h_BSH = F.embedding(ids_BS, word_VH, padding) + place_SH + kind_H
+    h_BSH = F.embedding(ids_BS, word_VH, padding) + place_SH + (0 if kind_H is None else kind_H)
     y_BSH = F.layer_norm(h_BSH, w_H.shape, w_H, c_H, eps)
     return drop(y_BSH.flatten(0, 1), p, seed).view_as(y_BSH)
 

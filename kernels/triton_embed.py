@@ -28,7 +28,9 @@ def _rows(ids, word, place, kind, row, real, mask, column, tokens, H: tl.constex
     at = tl.load(ids + row, mask=real, other=0).to(tl.int64)[:, None] * H + column[None, :]
     h = tl.load(word + at, mask=mask, other=0.0).to(tl.float32)
     h += tl.load(place + (row % tokens)[:, None] * H + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    return h + tl.load(kind + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
+    if kind is not None:
+        h += tl.load(kind + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
+    return h
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "threshold"])
@@ -36,7 +38,7 @@ def _embed_forward(
     ids,  # (M,) int64, in
     word,  # (V, H), in, as all below of no other type: float32 or bfloat16
     place,  # (S, H), in
-    kind,  # (H,), in
+    kind,  # (H,) or None, in
     weight,  # (H,), in
     shift,  # (H,), in
     y,  # (M, H), out
@@ -77,7 +79,7 @@ def _embed_backward(
     ids,  # (M,) int64, in
     word,  # (V, H), in
     place,  # (S, H), in
-    kind,  # (H,), in
+    kind,  # (H,) or None, in
     weight,  # (H,), in
     mean,  # (M,) float32, in
     rstd,  # (M,) float32, in
@@ -195,7 +197,7 @@ def _join_edges(
 
 
 def embed_forward(
-    ids_BS: Tensor, word_VH: Tensor, place_SH: Tensor, kind_H: Tensor, w_H: Tensor, c_H: Tensor, p: float, eps: float,
+    ids_BS: Tensor, word_VH: Tensor, place_SH: Tensor, kind_H: Tensor | None, w_H: Tensor, c_H: Tensor, p: float, eps: float,
     seed: Tensor | None, y_BSH: Tensor, mean_M: Tensor, rstd_M: Tensor,
 ) -> None:  # fmt: skip
     """Fills the last three."""
@@ -209,7 +211,7 @@ def embed_forward(
 
 
 def embed_backward(
-    dy_BSH: Tensor, ids_BS: Tensor, word_VH: Tensor, place_SH: Tensor, kind_H: Tensor, w_H: Tensor, mean_M: Tensor, rstd_M: Tensor,
+    dy_BSH: Tensor, ids_BS: Tensor, word_VH: Tensor, place_SH: Tensor, kind_H: Tensor | None, w_H: Tensor, mean_M: Tensor, rstd_M: Tensor,
     p: float, seed: Tensor | None, dh_BSH: Tensor,
 ) -> Tensor:  # fmt: skip
     """Fills ``dh_BSH``. Returns (3, H): gradients of kind, w and c."""

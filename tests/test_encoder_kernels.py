@@ -193,6 +193,12 @@ def test_no_grid_is_larger_than_a_gpu_takes(rows: int, monkeypatch: pytest.Monke
     assert all(0 < size <= (2**31 - 1, 65_535, 65_535)[axis] for grid in grids for axis, size in enumerate(grid))
 
 
+def test_a_text_longer_than_the_table_of_places_is_refused() -> None:
+    w = torch.ones(8)
+    with pytest.raises(ValueError, match="texts of 5 tokens, places of 4"):
+        ops.embed(torch.zeros(2, 5, dtype=torch.int64), torch.ones(3, 8), torch.ones(4, 8), None, w, w, None, 0.0, 1e-5, None)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_the_first_token_attends_as_all_do(p: float) -> None:
     """Its embedding and all gradients; of the dropped probabilities the mean, for other bits drop them."""

@@ -129,7 +129,10 @@ def make_texts(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("tokens", [24, 61, 128, 200])
-@pytest.mark.parametrize(("family", "pooling"), [("bert", "mean"), ("roberta", "mean"), ("mpnet", "mean"), ("bert", "cls")])
+@pytest.mark.parametrize(
+    ("family", "pooling"),
+    [("bert", "mean"), ("roberta", "mean"), ("mpnet", "mean"), ("bert", "cls"), ("distilbert", "mean"), ("distilbert", "cls")],
+)
 def test_an_encoder_is_as_exact_as_before(family: str, pooling: str, tokens: int) -> None:
     """Embeddings and the gradient of all weights at once, against float64: an error of at most 1.5 times that of the layers replaced."""
     torch.manual_seed(tokens)
