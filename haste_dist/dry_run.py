@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from haste_dist.config import EncoderConfig
 from haste_dist.encoder import build_encoder, fuse_blocks
-from haste_dist.graphs import most_tokens
+from haste_dist.graphs import most_tokens, padded_length, pads
 from haste_dist.live_bytes import LiveBytes
 from haste_dist.meters import EncoderWork, encoder_work
 
@@ -37,6 +37,7 @@ class EncoderNeeds:
     scoring: int  # most that lives during a forward pass without graph
     work: EncoderWork
     rows: int  # B
+    tokens: int  # S, as a training step pads it
     weight_bytes: int  # of one weight
     recorded_tokens: int  # of the largest batches whose passes are CUDA graphs on a GPU; 0: none are
 
@@ -55,11 +56,15 @@ def _dry_run(key: tuple[Any, ...], vocabulary: int, pad_id: int, rows: int, toke
         encoder = build_encoder(config, vocabulary, pad_id, tokens, pretrained=False).to(dtype)
         if cuda and config.fused and dtype == torch.bfloat16:
             fuse_blocks(encoder)
-        ids = torch.zeros(rows, tokens, dtype=torch.int64)
-        mask = torch.ones(rows, tokens, dtype=torch.int64)
+        recorded = 0 if config.frozen else most_tokens(config, encoder)
+        padded = tokens
+        if cuda and pads(config, recorded):
+            padded = padded_length(tokens, getattr(encoder.model.config, "max_position_embeddings", 0))
+        ids, mask = (torch.ones(rows, tokens, dtype=torch.int64) for _ in range(2))
+        ids_padded, mask_padded = (torch.ones(rows, padded, dtype=torch.int64) for _ in range(2))
         if config.frozen:
             encoder.requires_grad_(False)
-        held = [*encoder.parameters(), *encoder.buffers(), ids, mask]
+        held = [*encoder.parameters(), *encoder.buffers(), ids, mask, ids_padded, mask_padded]
         with _as_on_a_gpu(), LiveBytes(held) as live:
             base = live.now
             with torch.no_grad():
@@ -67,15 +72,15 @@ def _dry_run(key: tuple[Any, ...], vocabulary: int, pad_id: int, rows: int, toke
             scoring, kept, forward, backward = live.peak - base, 0, live.peak - base, 0
             if not config.frozen:
                 live.restart()
-                x_BD = encoder.train()(ids, mask)
+                x_BD = encoder.train()(ids_padded, mask_padded)
                 forward, kept = live.peak - base, live.now - base
                 live.restart()
                 x_BD.backward(torch.ones_like(x_BD))
                 backward = live.peak - base
-    work, recorded = encoder_work(encoder), 0 if config.frozen else most_tokens(config, encoder)
+    work = encoder_work(encoder)
     total = sum(p.numel() for p in encoder.parameters())
     trained = [p.numel() for p in encoder.parameters() if p.requires_grad]
-    return EncoderNeeds(total, sum(trained), encoder.width, forward, kept, backward, scoring, work, rows, dtype.itemsize, recorded)
+    return EncoderNeeds(total, sum(trained), encoder.width, forward, kept, backward, scoring, work, rows, padded, dtype.itemsize, recorded)
 
 
 def dry_run(

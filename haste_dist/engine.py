@@ -16,7 +16,7 @@ from haste_dist.config import EncoderConfig
 from haste_dist.encoder import Encoder, compile_blocks, fuse_blocks
 from haste_dist.errors import CheckpointError
 from haste_dist.flat import ClippedAdamW, FlatModule
-from haste_dist.graphs import GraphedModule, most_tokens
+from haste_dist.graphs import GraphedModule, most_tokens, pads
 from haste_dist.imports import no_collection
 from haste_dist.meters import encoder_work, stage
 from haste_dist.world import World
@@ -46,8 +46,7 @@ class EncoderEngine:
         if config.frozen:
             return
         most = most_tokens(config, encoder)
-        pads = world.device.type == "cuda" and (most > 0 or config.attention == "cudnn")
-        self._flat = GraphedModule(encoder, most) if pads else FlatModule(encoder)
+        self._flat = GraphedModule(encoder, most) if world.device.type == "cuda" and pads(config, most) else FlatModule(encoder)
         # At stage 0 DeepSpeed would step bfloat16 parameters without a float32 copy; stage 1 has one, and the update is the same.
         zero = max(config.zero, int(self.dtype == torch.bfloat16))
         self._engine, self._adamw = _deepspeed_engine(self._flat, config, self.dtype, zero)
@@ -92,6 +91,12 @@ class EncoderEngine:
             group["lr"] = lr
         self._engine.step()
         return self._adamw.norm
+
+    def forget_recorded(self) -> None:
+        """Gives up passes that were recorded for batches of other sizes than those to come, and their memory."""
+        graphed = self._graphed()
+        if graphed is not None:
+            graphed.forget()
 
     def held_bytes(self) -> int:
         """What this engine holds on the GPU that no allocator counts as in use."""

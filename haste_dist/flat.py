@@ -92,7 +92,7 @@ def _joins(module: nn.Module, index: dict[int, int]) -> dict[int, tuple[int, Pla
             first = index.get(id(parameters[0]), -1)
             behind = [index.get(id(p)) for p in parameters] == list(range(first, first + len(names)))
             if first >= 0 and behind and len({p.shape for p in parameters if p is not None}) == 1:
-                found[first] = (len(names), [(part, f"joined_{kind}")])
+                found.setdefault(first, (len(names), []))[1].append((part, f"joined_{kind}"))
     return found
 
 

@@ -8,7 +8,7 @@ Letters: B padded rows of this rank, S tokens, D width, P numbers in the flat pa
 """
 
 import warnings
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from haste_dist.flat import FlatModule
 from haste_dist.imports import no_collection
 
 # B * S of the largest batches that are recorded: those whose activations, which are held for good, are about as large as BERT-base's
-# with LEAST_TOKENS (5 GiB); and of large encoders, which keep the GPU busy as they are, LEAST_TOKENS.
+# with LEAST_TOKENS of short texts (5 GiB; twice that in float32); and of large encoders, which keep the GPU busy as they are, LEAST_TOKENS.
 LEAST_TOKENS = 2**14
 ACTIVATIONS = LEAST_TOKENS * 12 * 768  # B * S * layers * D
 
@@ -40,6 +40,11 @@ def most_tokens(config: EncoderConfig, encoder: Encoder) -> int:
         return 0
     model: Any = encoder.model.config
     return max(LEAST_TOKENS, ACTIVATIONS // (model.num_hidden_layers * model.hidden_size))
+
+
+def pads(config: EncoderConfig, most: int) -> bool:
+    """Whether training on a GPU pads batches to few lengths: for passes of up to ``most`` tokens are recorded, or cuDNN plans for each."""
+    return not config.frozen and (most > 0 or config.attention == "cudnn")
 
 
 def padded_length(tokens: int, longest: int) -> int:
@@ -121,19 +126,31 @@ class GraphedModule(FlatModule):
         return self._gradient_P.clone()
 
     def _try_to_record(self, rows: int, length: int) -> Recorded | None:
-        """None, and a warning, for a model that does in its passes what recording does not allow; it is not tried again."""
+        """None, and a warning, for a model that does in its passes what recording does not allow; it is not tried again. Where memory does
+        not suffice, nothing as large is."""
+        device = self.flat.device
         try:
-            return self._record(rows, length)
+            with no_collection(), _same_stream(device):
+                return self._record(rows, length)
         except RuntimeError as error:  # CUDA's errors too
-            self._most = 0
-            self._pool = self._pool if any(self._recorded.values()) else None
-            _end_recording(self.flat.device)
+            full = any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__))
+            self._most = rows * length - 1 if full else 0
+            with no_collection():
+                _end_recording(device, self._pool)
+            if not any(self._recorded.values()):
+                self.forget()
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            warnings.warn(f"the encoder's passes cannot be recorded and are launched as ever, more slowly ({reason})", stacklevel=2)
+            how = "in batches of this size" if full else "and are launched as ever, more slowly"
+            warnings.warn(f"the encoder's passes cannot be recorded {how} ({reason})", stacklevel=2)
             return None
 
+    def forget(self) -> None:
+        """Gives up what is recorded, and its memory."""
+        self._recorded, self._pool, self._largest, self._gradient_P = {}, None, 0, None
+
     def _record(self, rows: int, length: int) -> Recorded:
-        """Records both passes; leaves the random state as it was. Other threads may use the GPU meanwhile."""
+        """Records both passes; leaves the random state as it was. Other threads may use the GPU meanwhile. What is garbage by now must not
+        be collected: freeing it may be what a recording does not allow."""
         device = self.flat.device
         self._peak = self.peak_bytes()
         if rows * length > self._largest:  # recorded first, it leaves room in which all smaller ones fit; what is recorded starts anew
@@ -148,8 +165,7 @@ class GraphedModule(FlatModule):
         how: Any = {"pool": self._pool, "capture_error_mode": "thread_local"}
         # A leaf of its own: the parameter's gradient node belongs to the stream that DeepSpeed's hooks were made on.
         flat_P = self.flat.detach().requires_grad_()
-        # No collection of what is garbage by now: freeing it may be what a recording does not allow.
-        with no_collection(), torch.random.fork_rng(devices=[device]):
+        with torch.random.fork_rng(devices=[device]):
             with torch.cuda.graph(forward, **how):
                 self.bind(flat_P)
                 x_BD = self.module(ids_BS, mask_BS)
@@ -180,8 +196,17 @@ class _Replay(torch.autograd.Function):
         return ctx.module.gradient(), None, None
 
 
-def _end_recording(device: torch.device) -> None:
-    """A recording that failed leaves torch's generator waiting for its end, and dropout would fail; one of nothing ends it."""
+def _same_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """Behind it work is launched where it was before; a recording that fails leaves another stream."""
+    return torch.cuda.stream(torch.cuda.current_stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def _end_recording(device: torch.device, pool: Any) -> None:
+    """What a recording that failed leaves undone: memory still comes from its ``pool``, which is never given back, and torch's generator
+    waits for its end, so that dropout would fail; one of nothing ends that."""
+    with suppress(RuntimeError, AttributeError):  # given back only if it was still in use
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
     nothing = torch.zeros(1, device=device)
     with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
         nothing.zero_()

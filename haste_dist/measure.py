@@ -130,6 +130,8 @@ class Bench:
             gib = torch.cuda.get_device_properties(device).total_memory / GIB
             if plan.step_peak > room(gib):
                 return {**row, "note": f"does not fit: {plan.step_peak / GIB:.1f} GiB planned of {gib:.1f}"}
+        self.engine.forget_recorded()  # a plan knows of one size of batches
+        _free(device)
         classifier, started = self._classifier(config, point, head_rows, law)
         row |= {"head_width": classifier.head_slice.width, "tail_width": classifier.tail_slice.width, "steps": effort.steps}
         batches = [self._batch(config, point, head_rows, vocabulary, law, i) for i in range(BATCHES)]
@@ -234,7 +236,7 @@ class Bench:
             if any(reduced):
                 found |= dict(zip((f"{name}_{q}_ms" for q in QUANTILES), reduced, strict=True))
         tokens, length = point.batch * config.data.max_length, config.data.max_length
-        flops = self.engine.work.flops(tokens, tokens * length) / world.size
+        flops = self.engine.work.flops(point.batch, tokens, tokens * length) / world.size
         found |= {"encoder_flops": flops, "peak_gib": _most(peak, world) / GIB}
         seconds = found["p50_ms"] / 1e3
         found |= {"samples_per_s": point.batch / seconds, "tokens_per_s": tokens / seconds}

@@ -125,9 +125,9 @@ def memory_plan(config: Config, facts: Facts, known: EncoderNeeds | None = None)
     work = max(head_work, in_basis + _tail_workspace(config, cuda, n, groups, tail_width, weight, x_bytes), update)
     joined, gradients, stepping = _gradients(config, needs, x_bytes, facts.ranks)
     most = needs.recorded_tokens if cuda and config.encoder.graphs else 0  # ``needs`` may be of another page
-    varied = facts.varied or config.data.label_texts > 0  # which are short
+    varied = (facts.varied or config.data.label_texts > 0) and not facts.one_shape  # label texts are short
     short = varied and config.data.length_buckets > 1 and a * padded_length(1, s) <= most
-    recorded = a if a * s <= most else most // s * short
+    recorded = a if a * needs.tokens <= most else most // needs.tokens * short
     forward, between, backward = needs.forward, needs.kept, needs.backward
     if recorded:  # activations of the largest batch that is, for good, and a gradient; the first of a shape runs beside them
         largest = needs.of_rows(recorded)  # rows of the most tokens, as many tokens in all

@@ -97,27 +97,34 @@ class EncoderWork:
 
     a_token: float
     a_token_pair: float  # of one text, in the attention
+    a_text: float  # of its first token alone, or its embedding
 
-    def flops(self, tokens: float, squares: float) -> float:
+    def flops(self, texts: float, tokens: float, squares: float) -> float:
         """For ``tokens`` real tokens; ``squares``: the sum over texts of their lengths squared."""
-        return self.a_token * tokens + self.a_token_pair * squares
+        return self.a_text * texts + self.a_token * tokens + self.a_token_pair * squares
 
 
 def encoder_work(encoder: nn.Module) -> EncoderWork:
     """Two operations a weight and token forward, two backward to the inputs, two to each weight that is trained; 4 D a layer and pair of
-    tokens for attention, three times with its backward pass. Embedding tables are looked up, not multiplied, and what is done once a text
-    is next to nothing.
+    tokens for attention, three times with its backward pass. Embedding tables are looked up, not multiplied. A projection takes a text at
+    once, and so does a layer that works out first tokens alone, with 4 D operations a head and other token.
     """
-    tables = {id(m.weight) for m in encoder.modules() if isinstance(m, nn.Embedding)}
-    tables |= {id(p) for name, p in encoder.named_parameters() if name.startswith("project.")}
-    spared = [m for m in encoder.modules() if getattr(m, "first_only", False)]
-    tables |= {id(p) for layer in spared for p in layer.parameters()}
-    matrices = [p for p in encoder.parameters() if p.ndim > 1 and id(p) not in tables]
-    weights, trained = sum(p.numel() for p in matrices), sum(p.numel() for p in matrices if p.requires_grad)
     config: Any = getattr(getattr(encoder, "model", None), "config", None)
-    pair = 4.0 * getattr(config, "hidden_size", 0) * (getattr(config, "num_hidden_layers", 0) - len(spared))
+    width, layers, heads = (getattr(config, name, 0) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    tables = {id(m.weight) for m in encoder.modules() if isinstance(m, nn.Embedding)}
+    spared = [m for m in encoder.modules() if getattr(m, "first_only", False)]
+    once = {id(p) for name, p in encoder.named_parameters() if name.startswith("project.")}
+    once |= {id(p) for layer in spared for p in layer.parameters()}
+    matrices = [p for p in encoder.parameters() if p.ndim > 1 and id(p) not in tables]
     backward = any(p.requires_grad for p in encoder.parameters())
-    return EncoderWork(2.0 * weights * (2 if backward else 1) + 2.0 * trained, pair * (3 if backward else 1))
+
+    def products(parts: list[nn.Parameter]) -> float:
+        weights, trained = sum(p.numel() for p in parts), sum(p.numel() for p in parts if p.requires_grad)
+        return 2.0 * weights * (2 if backward else 1) + 2.0 * trained
+
+    attention = 4.0 * width * (3 if backward else 1)  # a layer and pair of tokens
+    a_token = products([p for p in matrices if id(p) not in once]) + attention * heads * len(spared)
+    return EncoderWork(a_token, attention * (layers - len(spared)), products([p for p in matrices if id(p) in once]))
 
 
 class StepTimer:
@@ -176,7 +183,7 @@ class StepTimer:
         values |= {f"{name}_ms": parts[name] for name in STAGES if name in parts}
         encoder_s = 1e-3 * (parts.get("forward", 0.0) + parts.get("backward", 0.0))
         if self.device and self.half and encoder_s:
-            flops = self.work.flops(last_tokens, last_squares) / self.world.size
+            flops = self.work.flops(self.batch_size, last_tokens, last_squares) / self.world.size
             values["encoder_mfu"] = flops / encoder_s / self.device.flop_s
         if parts.get("tail") and self.tail_bytes:
             values["tail_gb_s"] = self.tail_bytes / parts["tail"] / 1e6

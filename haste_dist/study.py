@@ -65,6 +65,7 @@ class Point:
             "zero": encoder.zero,
             "precision": encoder.precision,
             "attention": encoder.attention,
+            "pooling": encoder.pooling,
             "weight_dtype": output.weight_dtype,
             "momentum_dtype": output.momentum_dtype if output.momentum else "none",
             "bias": output.bias,
@@ -75,7 +76,7 @@ class Point:
 
 _INTS = ("labels", "ranks", "batch", "fan_in", "group", "head_rows", "tokens", "encoder_width", "encoder_layers", "zero")
 _FLOATS = ("exponent", "shift", "positives")
-_TEXTS = ("encoder", "precision", "attention", "weight_dtype", "momentum_dtype", "loss")
+_TEXTS = ("encoder", "precision", "attention", "pooling", "weight_dtype", "momentum_dtype", "loss")
 _BOOLS = ("frozen", "checkpointing", "compiled", "fused", "graphs", "bias")
 KEYS = (*_INTS, *_FLOATS, *_TEXTS, *_BOOLS, "device")
 # What is measured, or known only when the encoder stands; null in a row whose ``note`` says why nothing was measured.
@@ -178,7 +179,7 @@ def append_records(row: Row, rows: Sequence[Row], folder: Path) -> None:
     shape = {"L": row["labels"], "N": row["batch"], "D": row["width"], "F": row["fan_in"], "G": row["group"], "W": row["ranks"]}
     names = [name for name, value in row.items() if name.endswith("_ms") and value is not None]
     names += ["labels", "samples_per_s", "tokens_per_s", "peak_gib", "planned_gib", "state_gib", "tokens", "head_rows"]
-    names += ["encoder_parameters", "checkpointing", "compiled", "fused", "graphs", "attention"]
+    names += ["encoder_parameters", "checkpointing", "compiled", "fused", "graphs", "attention", "pooling"]
     figures = {name: float(f"{row[name]:.5g}") if isinstance(row[name], float) else row[name] for name in names}
     if row.get("encoder_mfu") is not None:
         figures["mfu"] = float(f"{row['encoder_mfu']:.4g}")

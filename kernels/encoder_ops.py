@@ -183,6 +183,8 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t_BAH: Tensor, x_BSH: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(t_BAH, x_BSH)
+        if t_BAH.is_meta:
+            return t_BAH.new_empty(*t_BAH.shape[:2], x_BSH.shape[1], dtype=torch.promote_types(t_BAH.dtype, torch.float32))
         if not t_BAH.is_cuda or t_BAH.dtype == torch.float32:
             return torch.bmm(*(one if one.itemsize > 2 else one.float() for one in (t_BAH, x_BSH.transpose(1, 2))))
         return torch.bmm(t_BAH, x_BSH.transpose(1, 2), out_dtype=torch.float32)

@@ -23,17 +23,19 @@ TOGETHER = 8  # chunks of one id that are added at once
 
 
 @triton.jit
-def _rows(ids, word, place, kind, row, real, mask, column, tokens, H: tl.constexpr):
-    """(R, COLUMNS) h of the tokens ``row``."""
-    at = tl.load(ids + row, mask=real, other=0).to(tl.int64)[:, None] * H + column[None, :]
-    h = tl.load(word + at, mask=mask, other=0.0).to(tl.float32)
+def _rows(ids, word, place, kind, row, real, mask, column, tokens, known, H: tl.constexpr):
+    """(R, COLUMNS) h of the tokens ``row``; not a number for an id that the table does not have."""
+    name = tl.load(ids + row, mask=real, other=0).to(tl.int64)
+    found = (name >= 0) & (name < known)
+    h = tl.load(word + name[:, None] * H + column[None, :], mask=mask & found[:, None], other=float("nan")).to(tl.float32)
+    h = tl.where(mask, h, 0.0)
     h += tl.load(place + (row % tokens)[:, None] * H + column[None, :], mask=mask, other=0.0).to(tl.float32)
     if kind is not None:
         h += tl.load(kind + column, mask=column < H, other=0.0).to(tl.float32)[None, :]
     return h
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "threshold"])
+@triton.jit(do_not_specialize=["rows", "tokens", "known", "threshold"])
 def _embed_forward(
     ids,  # (M,) int64, in
     word,  # (V, H), in, as all below of no other type: float32 or bfloat16
@@ -47,6 +49,7 @@ def _embed_forward(
     seed,  # (1,) int64, in, or None: nothing is dropped
     rows,  # M
     tokens,  # S
+    known,  # V
     threshold,  # of 16 random bits: what is below is dropped
     keep_scale: tl.float32,
     eps: tl.float32,
@@ -58,7 +61,7 @@ def _embed_forward(
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     column = tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (column < H)[None, :]
-    h = _rows(ids, word, place, kind, row, row < rows, mask, column, tokens, H)
+    h = _rows(ids, word, place, kind, row, row < rows, mask, column, tokens, known, H)
     middle = tl.sum(tl.where(mask, h, 0.0), 1) / H
     away = tl.where(mask, h - middle[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(away * away, 1) / H + eps)
@@ -73,7 +76,7 @@ def _embed_forward(
     tl.store(rstd + row, scale, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "threshold"])
+@triton.jit(do_not_specialize=["rows", "tokens", "known", "threshold"])
 def _embed_backward(
     dy,  # (M, H), in
     ids,  # (M,) int64, in
@@ -88,6 +91,7 @@ def _embed_backward(
     seed,  # (1,) int64, in
     rows,
     tokens,
+    known,
     threshold,
     keep_scale: tl.float32,
     H: tl.constexpr,
@@ -110,7 +114,7 @@ def _embed_backward(
         g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         if DROPS:
             g = tl.where(kept(row, low, high, threshold, COLUMNS), g * keep_scale, 0.0)
-        h = _rows(ids, word, place, kind, row, row < rows, mask, column, tokens, H)
+        h = _rows(ids, word, place, kind, row, row < rows, mask, column, tokens, known, H)
         middle = tl.load(mean + row, mask=row < rows, other=0.0)
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)
         normed = tl.where(mask, (h - middle[:, None]) * scale[:, None], 0.0)
@@ -128,7 +132,7 @@ def _embed_backward(
     tl.store(at + 2 * H, tl.sum(dc, 0), mask=column < H)
 
 
-@triton.jit(do_not_specialize=["rows", "padding"])
+@triton.jit(do_not_specialize=["rows", "known", "padding"])
 def _sum_ids(
     dh,  # (M, H), in
     ids,  # (M,) int32, in: sorted
@@ -136,6 +140,7 @@ def _sum_ids(
     dword,  # (V, H), out: of ids that begin and end in a chunk, but not of ``padding``
     edges,  # (N, 2, H) float32, out: of the id that began before a chunk, and of one that goes on behind it
     rows,  # M
+    known,  # V
     padding,  # an id without a gradient; -1: none
     H: tl.constexpr,
     EDGE: tl.constexpr,
@@ -158,20 +163,21 @@ def _sum_ids(
     # Of each: whether a token of it begins it, and whether one ends it.
     begins = tl.max((hot & (one != before)[None, :]).to(tl.int32), 1) > 0
     ends = tl.max((hot & (one != behind)[None, :]).to(tl.int32), 1) > 0
-    real = (name >= 0) & (name != padding)
+    real = (name >= 0) & (name < known) & (name != padding)
     inside = (column < H)[None, :]
     tl.store(dword + name[:, None] * H + column[None, :], total, mask=(real & begins & ends)[:, None] & inside)
     edge = edges + chunk.to(tl.int64) * 2 * H + tl.where(begins, H, 0)[:, None] + column[None, :]
     tl.store(edge, total, mask=(real & ~(begins & ends))[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["rows", "padding"])
+@triton.jit(do_not_specialize=["rows", "known", "padding"])
 def _join_edges(
     edges,  # (N, 2, H) float32, in
     ids,  # (M,) int32, in: sorted
     stops,  # (N,) int64, in: where the last id of each chunk ends
     dword,  # (V, H), out: of ids that end in another chunk than they begin
     rows,
+    known,
     padding,
     H: tl.constexpr,
     EDGE: tl.constexpr,
@@ -187,7 +193,7 @@ def _join_edges(
         first = tl.load(ids + chunk * EDGE)
         earlier = tl.load(ids + chunk * EDGE - 1, mask=chunk > 0, other=-2)
         begins = (first != name) | (earlier != name)  # here, not in a chunk before
-        if begins & (stop > last + 1) & (name != padding):
+        if begins & (stop > last + 1) & (name != padding) & (name >= 0) & (name < known):
             total = tl.load(edges + (chunk.to(tl.int64) * 2 + 1) * H + column, mask=column < H, other=0.0)
             for start in range(chunk + 1, ((stop - 1) // EDGE + 1).to(tl.int32), TOGETHER):
                 other = start + tl.arange(0, TOGETHER)
@@ -205,7 +211,8 @@ def embed_forward(
     columns = max(8, triton.next_power_of_2(width))
     count = tile_rows(columns)
     _embed_forward[(triton.cdiv(rows, count),)](
-        ids_BS, word_VH, place_SH, kind_H, w_H, c_H, y_BSH, mean_M, rstd_M, seed, rows, ids_BS.shape[1], *threshold_and_scale(p), eps,
+        ids_BS, word_VH, place_SH, kind_H, w_H, c_H, y_BSH, mean_M, rstd_M, seed, rows, ids_BS.shape[1], len(word_VH),
+        *threshold_and_scale(p), eps,
         H=width, COLUMNS=columns, R=count, DROPS=p > 0 and seed is not None, num_warps=WARPS,
     )  # fmt: skip
 
@@ -221,7 +228,7 @@ def embed_backward(
     grid = programs(dy_BSH.device, triton.cdiv(rows, count), PROGRAMS)
     sums = torch.empty(grid, 3, width, dtype=torch.float32, device=dy_BSH.device)
     _embed_backward[(grid,)](
-        dy_BSH, ids_BS, word_VH, place_SH, kind_H, w_H, mean_M, rstd_M, dh_BSH, sums, seed, rows, ids_BS.shape[1],
+        dy_BSH, ids_BS, word_VH, place_SH, kind_H, w_H, mean_M, rstd_M, dh_BSH, sums, seed, rows, ids_BS.shape[1], len(word_VH),
         *threshold_and_scale(p), H=width, COLUMNS=columns, R=count, DROPS=p > 0 and seed is not None, STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
     total_3H = w_H.new_empty(3, width)
@@ -237,7 +244,7 @@ def table_gradient(dh_BSH: Tensor, ids_BS: Tensor, dword_VH: Tensor, padding: in
     edges = torch.empty(chunks, 2, width, dtype=torch.float32, device=dh_BSH.device)
     columns = min(COLUMNS, max(16, triton.next_power_of_2(width)))
     grid = (chunks, triton.cdiv(width, columns))
-    skipped = -1 if padding is None else padding
-    _sum_ids[grid](dh_BSH, ids_M, order_M, dword_VH, edges, rows, skipped, H=width, EDGE=EDGE, COLUMNS=columns, num_warps=4)
+    numbers = rows, len(dword_VH), -1 if padding is None else padding
+    _sum_ids[grid](dh_BSH, ids_M, order_M, dword_VH, edges, *numbers, H=width, EDGE=EDGE, COLUMNS=columns, num_warps=4)
     stops = torch.searchsorted(ids_M, ids_M[EDGE - 1 :: EDGE].contiguous(), right=True)
-    _join_edges[grid](edges, ids_M, stops, dword_VH, rows, skipped, H=width, EDGE=EDGE, COLUMNS=columns, TOGETHER=TOGETHER, num_warps=2)
+    _join_edges[grid](edges, ids_M, stops, dword_VH, *numbers, H=width, EDGE=EDGE, COLUMNS=columns, TOGETHER=TOGETHER, num_warps=2)

@@ -97,7 +97,7 @@ def load_of_run(config: Config, facts: Facts, made: MemoryPlan, tokens: int) -> 
     """What a rank of this run does in a step, for texts of ``tokens`` tokens."""
     output, encoder, step = config.output, config.encoder, pace(config.train)
     n, size = step.texts, made.encoder
-    work = size.work.flops(n * tokens, n * tokens**2)
+    work = size.work.flops(n, n * tokens, n * tokens**2)
     if size.trained:  # all forward passes but one run twice; backward goes to the inputs, which is as much, and to what is trained
         work *= 1 + (1 - 1 / step.passes) / (2 + size.trained / size.parameters)
     cuda = facts.device == "cuda"

@@ -20,7 +20,7 @@ from haste_dist.encoder import WHOLE_MASK, Encoder, build_encoder, compile_block
 from haste_dist.errors import ConfigError, HasteError
 from haste_dist.flat import FlatModule
 from haste_dist.manifest import Manifest, TokenizerRecord
-from haste_dist.model import check_features
+from haste_dist.model import check_features, make_encoder, open_prepared
 from haste_dist.train import train
 from haste_dist.world import join_world
 
@@ -159,6 +159,17 @@ def test_models_that_cannot_be_had_are_told(monkeypatch: pytest.MonkeyPatch) -> 
     advice = r"cannot load 'a/b' \(We couldn't connect to the hub\); where the hub cannot be reached, name a folder that has its files$"
     with pytest.raises(ConfigError, match=advice):
         build_encoder(EncoderConfig(name="a/b"), 100, 0)
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_told(tmp_path: Path) -> None:
+    page = make_prepared(tmp_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=50, **sizes)).save_pretrained(tmp_path / "model")
+    page.encoder.name = str(tmp_path / "model")
+    with pytest.raises(
+        ConfigError, match=r"knows 50 tokens, the tokenizer that the texts were prepared with has 202; set encoder\.tokenizer"
+    ):
+        make_encoder(page, open_prepared(page).manifest)
 
 
 def test_attention_kernels_that_are_missing_are_told(tmp_path: Path) -> None:

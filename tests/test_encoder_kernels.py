@@ -193,6 +193,24 @@ def test_no_grid_is_larger_than_a_gpu_takes(rows: int, monkeypatch: pytest.Monke
     assert all(0 < size <= (2**31 - 1, 65_535, 65_535)[axis] for grid in grids for axis, size in enumerate(grid))
 
 
+@needs_interpreter
+def test_ids_that_a_table_does_not_have_touch_nothing_else() -> None:
+    """Their embeddings are no numbers, which the guard of a run sees."""
+    triton_embed = pytest.importorskip("haste_kernels.triton_embed")
+    torch.manual_seed(0)
+    ids = torch.tensor([[1, 12, 3], [-1, 2, 11], [13, 13, 4]]).repeat(1, 20)
+    memory, place, w = torch.randn(16, 8), torch.randn(60, 8), torch.ones(8)  # the table is its first 10 rows
+    y, mean, rstd = poisoned(3, 60, 8), poisoned(180), poisoned(180)
+    triton_embed.embed_forward(ids, memory[:10], place, None, w, w, 0.0, 1e-5, None, y, mean, rstd)
+    known = (ids >= 0) & (ids < 10)
+    assert torch.equal(y.isnan().any(-1), ~known)
+    gradient, dh = torch.zeros(16, 8), torch.randn(3, 60, 8)
+    triton_embed.table_gradient(dh, ids, gradient[:10], None)
+    assert gradient[1:5].any(1).all()
+    assert not gradient[10:].any()
+    assert not gradient[0].any()
+
+
 def test_a_text_longer_than_the_table_of_places_is_refused() -> None:
     w = torch.ones(8)
     with pytest.raises(ValueError, match="texts of 5 tokens, places of 4"):

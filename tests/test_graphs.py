@@ -1,6 +1,7 @@
 """Which passes are recorded, and how batches are padded for it; tests/gpu/test_graphs_gpu.py records and replays them."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from tiny import make_prepared
 
 from haste_dist.config import Config, EncoderConfig
-from haste_dist.encoder import build_encoder
+from haste_dist.dry_run import EncoderNeeds, _dry_run
+from haste_dist.encoder import build_encoder, model_config
 from haste_dist.fits import facts_of
 from haste_dist.graphs import ACTIVATIONS, LEAST_TOKENS, GraphedModule, can_replay, most_tokens, padded_length
 from haste_dist.memory import STEP_PHASES, Facts, memory_plan
@@ -87,6 +89,29 @@ def test_a_model_that_cannot_be_recorded_is_launched_as_ever(tmp_path: Path, mon
     assert module.held_bytes() == 0
 
 
+def test_where_memory_does_not_suffice_smaller_batches_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_prepared(tmp_path)
+    module = GraphedModule(make_encoder(config, open_prepared(config).manifest).train(), 64)
+    tries = []
+
+    def refuse(*shape: int) -> None:
+        tries.append(shape)
+        try:
+            raise torch.OutOfMemoryError("out of memory")
+        except RuntimeError:
+            raise RuntimeError("not ended")  # noqa: B904  # as leaving a recording does
+
+    monkeypatch.setattr(module, "_record", refuse)
+    for rows in (4, 4, 4, 3, 4, 3, 3):
+        ids = torch.randint(2, 99, (rows, 8))
+        tried = len(tries)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.testing.assert_close(module(ids, None), module.module(ids, None))
+        assert ["cannot be recorded in batches of this size" in str(one.message) for one in told] == [True] * (len(tries) - tried)
+    assert tries == [(4, 8), (3, 8)]
+
+
 def test_recorded_passes_are_planned_for(tmp_path: Path) -> None:
     """On a GPU they hold their activations for good, beside those of the first batch of another shape; a larger batch is not recorded, but
     shorter ones may be."""
@@ -111,6 +136,10 @@ def test_recorded_passes_are_planned_for(tmp_path: Path) -> None:
     small.train.accumulation, small.train.classifier_step = 1, "micro"
     assert held(large, varied=True) == pytest.approx(held(small) * most / (64 * large.data.max_length), rel=0.1)
     assert [held(small, device="cpu"), held(off, varied=True), held(large), held(huge, varied=True)] == [0] * 4
+    huge.data.label_texts = 1  # as in a study of such a page: whatever texts there may be, there are none
+    alone = memory_plan(huge, Facts(101, 3, 202, one_shape=True))
+    assert "recorded passes" not in alone.held
+    assert alone.phases["encoder backward"]["activations"] > 0
     large.data.label_texts = 1
     assert held(large) == held(large, varied=True)
     large.data.length_buckets = 1  # every batch has a long text
@@ -123,3 +152,19 @@ def test_texts_of_many_lengths_are_known_by_their_mean(tmp_path: Path) -> None:
     for tokens, varied in ((train.rows * manifest.max_length, False), (train.rows * manifest.max_length // 2, True)):
         changed = dataclasses.replace(manifest, splits={"train": dataclasses.replace(train, tokens=tokens)})
         assert facts_of(changed, 2, "cuda") == Facts(manifest.labels, train.max_labels, manifest.tokenizer.vocab_size, 0, 2, "cuda", varied)
+
+
+@pytest.mark.parametrize(("most_length", "tokens", "padded"), [(512, 130, 160), (512, 100, 104), (131, 130, 131)])
+def test_activations_are_planned_for_as_batches_are_padded(
+    most_length: int, tokens: int, padded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("haste_dist.encoder.model_config", lambda one, vocabulary, pad, _: model_config(one, vocabulary, pad, most_length))
+    config = EncoderConfig(width=64, heads=2, layers=2)
+
+    def needs(length: int, cuda: bool, **changed: Any) -> EncoderNeeds:
+        return _dry_run.__wrapped__(tuple(vars(dataclasses.replace(config, **changed)).items()), 99, 0, 3, length, torch.float32, cuda)
+
+    on_gpu, launched = needs(tokens, True), needs(tokens, True, graphs=False)
+    assert (on_gpu.tokens, launched.tokens, needs(tokens, False).tokens) == (padded, tokens, tokens)
+    assert on_gpu.backward == needs(padded, True, graphs=False).backward
+    assert on_gpu.scoring == launched.scoring

@@ -62,9 +62,9 @@ def test_the_work_of_an_encoder_is_counted_from_its_matrices() -> None:
     page = load_config(None, ["encoder.width=64", "encoder.heads=4", "encoder.layers=3"]).encoder
     encoder = build_encoder(page, 100, 0, 16)
     matrices = 3 * (4 * 64 * 64 + 2 * 64 * 256)
-    assert encoder_work(encoder) == EncoderWork(6.0 * matrices, 12.0 * 3 * 64)
+    assert encoder_work(encoder) == EncoderWork(6.0 * matrices, 12.0 * 3 * 64, 0.0)
     encoder.requires_grad_(False)
-    assert encoder_work(encoder) == EncoderWork(2.0 * matrices, 4.0 * 3 * 64)
+    assert encoder_work(encoder) == EncoderWork(2.0 * matrices, 4.0 * 3 * 64, 0.0)
 
 
 def count_tokens(world: World) -> None:

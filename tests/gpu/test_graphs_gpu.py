@@ -3,6 +3,7 @@
 Run on a GPU host: python -m pytest tests/gpu
 """
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,28 @@ def test_a_run_goes_on_where_recording_fails(tmp_path: Path) -> None:
             engine.step(1e-3)
             losses[-1].append(x_BD.float().sum().item())
         assert engine.held_bytes() == 0 or not graphs
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        del engine, encoder
+        gc.collect()
+        torch.cuda.empty_cache()
+        assert all(segment["segment_pool_id"] == (0, 0) for segment in torch.cuda.memory_snapshot())  # nothing is left of it
     assert losses[0] == losses[1]
+
+
+def test_what_is_recorded_can_be_given_up(tmp_path: Path) -> None:
+    config, world = make_prepared(tmp_path, overrides=["launch.device=cuda", "encoder.dropout=0"]), join_world("cuda")
+    engine = EncoderEngine(make_encoder(config, open_prepared(config).manifest), config.encoder, world)
+    ids = torch.randint(2, 9, (256, 16), device="cuda")
+    found = []
+    for _ in range(2):
+        for _ in range(3):
+            x_BD = engine.forward(ids, torch.ones_like(ids))
+            engine.backward(x_BD, torch.ones_like(x_BD))
+            found.append(x_BD.detach().clone())
+        assert engine.held_bytes() > 0
+        engine.forget_recorded()
+        assert engine.held_bytes() == 0
+    assert all(torch.equal(x_BD, found[0]) for x_BD in found)
 
 
 def test_passes_are_recorded_after_a_profile(tmp_path: Path) -> None:
