@@ -213,6 +213,16 @@ def test_scaling_compares_with_one_rank_of_the_same_shape() -> None:
     assert weak.layer == 4.5 / 5
 
 
+@pytest.mark.parametrize(
+    "word", ["encoder.pooling=cls", "encoder.fused=false", "encoder.layers=3", "output.momentum=0", "data.max_length=6"]
+)
+def test_what_changes_a_figure_is_measured_anew(word: str) -> None:
+    point, config = Point(700, 1, 6, 8, 16), small()
+    row = row_of(point, config)
+    assert missing([point], [row], config, LAW, "cpu") == []
+    assert missing([point], [row], small(word), LAW, "cpu") == [point]
+
+
 def measure_all(world: World, config: Config, points: list[Point], folder: Path) -> None:
     measure_points(config, world, points, LAW, folder, Effort(1, 3), folder / "records")
 
