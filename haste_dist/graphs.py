@@ -204,7 +204,7 @@ def _same_stream(device: torch.device) -> AbstractContextManager[Any]:
 def _end_recording(device: torch.device, pool: Any) -> None:
     """What a recording that failed leaves undone: memory still comes from its ``pool``, which is never given back, and torch's generator
     waits for its end, so that dropout would fail; one of nothing ends that."""
-    with suppress(RuntimeError, AttributeError):  # given back only if it was still in use
+    with suppress(RuntimeError, AttributeError, TypeError):  # given back only if it was still in use
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
     nothing = torch.zeros(1, device=device)
