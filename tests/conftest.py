@@ -33,13 +33,32 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(scope="session")
+def warm_python(short_folder: Path) -> Iterator[str]:
+    """A program like ``python`` that has imported already what ranks need (warm.py)."""
+    import warm
+    from tiny import fork_context
+
+    address = short_folder / "warm"
+    ours, theirs = fork_context().Pipe()
+    server = fork_context().Process(target=warm.serve, args=(str(address), theirs))
+    server.start()
+    theirs.close()
+    assert ours.recv() == "ready"
+    yield str(warm.write_program(short_folder, address))
+    ours.close()
+    server.join()
+
+
 @pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    """A Ray of two CPUs on this machine, shared by the tests of a file that need one."""
+def ray_session(warm_python: str) -> Iterator[None]:
+    """A Ray of two CPUs on this machine, shared by the tests of a file that need one. Its workers are warm."""
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**27, _node_ip_address="127.0.0.1", **quiet)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_python)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=2**27, _node_ip_address="127.0.0.1", **quiet)
     yield
     ray.shutdown()
 

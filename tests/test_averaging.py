@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,8 +287,11 @@ def test_mistakes_are_one_line_and_cost_nothing(pretrained: Config, tmp_path: Pa
     assert json.loads((Path(one) / "checkpoints/last.json").read_text())["step"] == 8
 
 
-def test_a_study_averages_seeds(pretrained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_averages_seeds(
+    pretrained: Config, tmp_path: Path, warm_python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What it says of them is what ``haste average`` and ``haste evaluate`` say."""
+    monkeypatch.setattr(sys, "executable", warm_python)  # for a dozen runs
     save_config(pretrained, tmp_path / "config.yaml")
     file, out, records = tmp_path / "study.yaml", tmp_path / "study", tmp_path / "records"
     file.write_text(f"config: {tmp_path}/config.yaml\nseeds: [2, 3]\naverage: 2\ncases: {{plain: []}}\n")

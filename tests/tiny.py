@@ -128,8 +128,15 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> None
 
     They fork from a server that has loaded what they would load, which takes them seconds, and knows nothing of this process.
     """
-    mp.get_context("forkserver").set_forkserver_preload(LOADED)
+    fork_context()
     mp.start_processes(_enter, (ranks, free_port(), dict(os.environ), function, arguments), nprocs=ranks, start_method="forkserver")
+
+
+def fork_context() -> Any:
+    """multiprocessing whose processes fork from a server that has loaded what ranks need."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(LOADED)
+    return context
 
 
 def _enter(rank: int, ranks: int, port: int, environment: dict[str, str], function: Callable[..., Any], arguments: tuple) -> None:
