@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import selectors
+import shlex
 import signal
 import socket
 import sys
@@ -22,7 +23,9 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signa
 def write_program(folder: Path, address: Path) -> Path:
     """The program, which asks at the socket ``address``."""
     program = folder / "python"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -ISs {__file__} {address} "$0" "$@"\n')
+    program.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -ISs {__file__} {address} "$0" {shlex.quote(os.environ.get("PYTHONPATH", ""))} "$@"\n'
+    )
     program.chmod(0o755)
     return program
 
@@ -151,8 +154,8 @@ def become(page: dict[str, Any], streams: list[int]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    address, program, *words = sys.argv[1:]
+    address, program, path, *words = sys.argv[1:]
     asked = words[1:] if words[0] == "-u" else words
-    if asked[0] == "-m" or asked[0].endswith(".py"):
+    if (asked[0] == "-m" or asked[0].endswith(".py")) and os.environ.get("PYTHONPATH", "") == path:  # else other code is meant
         sys.exit(ask(address, program, asked))
     os.execv(sys.executable, [sys.executable, *words])
