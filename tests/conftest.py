@@ -25,7 +25,21 @@ from hypothesis import settings
 # A busy machine is no failure, so there is no deadline. In CI the examples are the same each time: a red run can be repeated.
 settings.register_profile("haste", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("haste")
+
+# Files that take longest: they come first, so that at the end no process is left with one of them while the others have nothing to do.
+# Those that wait for Ray stand beside those that only calculate.
+LONGEST = (
+    "launch", "triton_topk", "jobs", "training", "hosts", "averaging", "serve",
+    "repository", "prepare", "study", "campaign", "object_store", "estimator", "scale",
+    "predict_folder", "triton_steps", "label_embeddings", "benchmarks", "ray_reader", "doctor",
+)  # fmt: skip
+
 gc.disable()  # while test files import torch and the like, whose objects stay
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable: files stay whole, and otherwise in their order
 
 
 def pytest_collection_finish() -> None:
