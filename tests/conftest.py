@@ -45,6 +45,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()  # nor are those looked through again
     gc.enable()
+    if (interpreter := sys.modules.get("triton.runtime.interpreter")) is not None:
+        patch_once(interpreter)
+
+
+def patch_once(interpreter: Any) -> None:
+    """Triton's interpreter puts its functions in the place of the language's for each kernel, and again, one by one, for each call of a
+    function inside it, which takes a third of its time. Inside a kernel that is left out where they are in place."""
+    patch_lang, tl = interpreter._patch_lang, interpreter.tl
+
+    def patch(function: Any) -> Any:
+        used = [lang for lang in (tl, tl.core) if any(value is lang for value in function.__globals__.values())]
+        if used and not any(tl.core.is_builtin(lang.load) for lang in used):
+            return interpreter._LangPatchScope()
+        return patch_lang(function)
+
+    interpreter._patch_lang = patch
 
 
 @pytest.fixture(scope="session")
