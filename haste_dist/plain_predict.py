@@ -4,14 +4,14 @@ import json
 from argparse import ArgumentParser
 from pathlib import Path
 
-import pyarrow as pa
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer, logging
 
-
-@torch.no_grad()
 def main(folder: Path, texts: list[str], k: int = 5) -> None:
+    import pyarrow as pa  # here, so that words that are wrong are told at once
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoTokenizer, logging
+
+    torch.set_grad_enabled(False)
     page = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     logging.set_verbosity_error()  # the folder has no pooler, and nothing here reads one
     logging.disable_progress_bar()
