@@ -251,7 +251,9 @@ def test_a_dev_split_of_several_seeds_is_none(pretrained: Config, tmp_path: Path
     assert load_config(tmp_path / "all/config.yaml").data.dev_fraction == 0.0
 
 
-def test_mistakes_are_one_line_and_cost_nothing(pretrained: Config, tmp_path: Path) -> None:
+def test_mistakes_are_one_line_and_cost_nothing(
+    pretrained: Config, tmp_path: Path, warm_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     configs = seeds_of(pretrained, tmp_path, 2, frozen)
     train_all(join_world("cpu"), configs)
     one, two = (config.run.folder for config in configs)
@@ -270,6 +272,7 @@ def test_mistakes_are_one_line_and_cost_nothing(pretrained: Config, tmp_path: Pa
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{new}: the mean of 2 checkpoints; haste evaluate {new} scores it\n"
     before = final_tensors(new)
+    monkeypatch.setattr(sys, "executable", warm_python)
     done = haste("average", new, one, two)
     assert done.returncode == 2
     assert re.fullmatch(r"haste: error: .*/mean: holds a run already \(step-00000008\); choose another folder\n", done.stderr)

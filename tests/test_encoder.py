@@ -218,7 +218,7 @@ def test_a_projection_that_cannot_be_is_told() -> None:
 
 
 @pytest.mark.slow
-def test_a_projection_trains_resumes_and_predicts(tmp_path: Path) -> None:
+def test_a_projection_trains_resumes_and_predicts(tmp_path: Path, warm_python: str) -> None:
     """On one rank and on two, through a checkpoint and an exported folder."""
     from haste_dist.export import export
     from haste_dist.predictor import Predictor
@@ -240,7 +240,7 @@ def test_a_projection_trains_resumes_and_predicts(tmp_path: Path) -> None:
     ids, scores = Predictor(one.run.folder, "last", "cpu").topk(texts, 5)
     for found, expected in zip(Predictor(out, device="cpu").topk(texts, 5), (ids, scores), strict=True):
         assert np.array_equal(found, expected)
-    plain = subprocess.run([sys.executable, str(out / "predict.py"), *texts], capture_output=True, text=True, check=True)
+    plain = subprocess.run([warm_python, str(out / "predict.py"), *texts], capture_output=True, text=True, check=True)
     lines = [line.split() for line in plain.stdout.splitlines() if line.startswith("  ")]
     assert [int(line[1]) for line in lines] == ids.ravel().tolist()
     data = (out / "encoder/projection.safetensors").read_bytes()

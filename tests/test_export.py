@@ -76,13 +76,13 @@ def test_an_exported_run_predicts_as_the_run_does(trained: Config, tmp_path: Pat
 
 
 @pytest.mark.parametrize("trained", TRAINED[:1], ids=["mean"], indirect=True)
-def test_predict_py_calibrates_as_the_package_does(trained: Config, tmp_path: Path) -> None:
+def test_predict_py_calibrates_as_the_package_does(trained: Config, tmp_path: Path, warm_python: str) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(trained.run.folder, run)
     (run / calibration.FILE).write_bytes(seal({"checkpoint": ModelFiles(run, "last").version, "scale": 0.5, "offset": -1.25}))
     export(run, out, "last", "onnx")
     expected = Predictor(out, device="cpu").predict(TEXTS, 5)
-    plain = subprocess.run([sys.executable, str(out / "predict.py"), *TEXTS], capture_output=True, text=True, check=True)
+    plain = subprocess.run([warm_python, str(out / "predict.py"), *TEXTS], capture_output=True, text=True, check=True)
     lines = [line.split() for line in plain.stdout.splitlines() if line.startswith("  ")]
     assert [int(line[1]) for line in lines] == [one.label for ranked in expected for one in ranked]
     np.testing.assert_allclose([float(line[0]) for line in lines], [one.score for ranked in expected for one in ranked], atol=2e-6)
@@ -113,7 +113,7 @@ def test_predict_py_tells_options_from_texts(trained: Config, tmp_path: Path) ->
         assert problem in error
 
 
-def test_adapters_are_merged_into_what_they_adapt(tmp_path: Path) -> None:
+def test_adapters_are_merged_into_what_they_adapt(tmp_path: Path, warm_python: str) -> None:
     """predict.py builds the model without adapters: names that it does not know would leave its weights random."""
     pytest.importorskip("peft")
     config = make_prepared(tmp_path, overrides=["train.max_steps=24", "encoder.lora_rank=4", "encoder.lr=1e-2"])
@@ -126,7 +126,7 @@ def test_adapters_are_merged_into_what_they_adapt(tmp_path: Path) -> None:
     theirs, their_scores = Predictor(out, device="cpu").topk(TEXTS, 5)
     assert np.array_equal(ours, theirs)
     np.testing.assert_allclose(scores, their_scores, rtol=1e-5, atol=1e-5)
-    plain = subprocess.run([sys.executable, str(out / "predict.py"), *TEXTS], capture_output=True, text=True, check=True)
+    plain = subprocess.run([warm_python, str(out / "predict.py"), *TEXTS], capture_output=True, text=True, check=True)
     lines = [line.split() for line in plain.stdout.splitlines() if line.startswith("  ")]
     assert [int(line[1]) for line in lines] == ours.ravel().tolist()
 
