@@ -65,7 +65,10 @@ def patch_once(interpreter: Any) -> None:
 
 @pytest.fixture(scope="session")
 def warm_python(short_folder: Path) -> Iterator[str]:
-    """A program like ``python`` that has imported already what ranks need (warm.py)."""
+    """A program like ``python`` that has imported already what ranks need (warm.py). Python itself on a GPU, which no fork can use."""
+    if os.path.exists("/dev/nvidiactl"):
+        yield sys.executable
+        return
     import warm
     from tiny import fork_context
 

@@ -1,8 +1,8 @@
 """A Python that has imported what takes seconds: programs that tests start run as forks of it, in place of new interpreters.
 
 ``warm_python`` (conftest.py) is a program that takes ``-m MODULE`` or a script and its words, as ``python`` does. It stays while the fork
-runs, passes signals on to it and ends as it ends; where it is killed, so is the fork. Of a program's own imports this proves nothing, so
-each command that trains or serves is also started without it somewhere.
+runs, passes signals on to it and ends as it ends; where it is killed, so is the fork. Of a program's own imports this proves little:
+``haste train``, a job, torchrun's ranks, a study and ``haste serve`` are also started without it somewhere.
 """
 
 import contextlib
