@@ -15,7 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from haste_kernels.encoder_reference import threshold_and_scale
-from haste_kernels.triton_norm import PROGRAMS, STAGES, WARPS, kept, programs, seed_words, sum_rows, tile_rows
+from haste_kernels.triton_norm import (
+    PROGRAMS,
+    STAGES,
+    WARPS,
+    kept,
+    norm_gradient,
+    norm_of,
+    programs,
+    seed_words,
+    store_sums,
+    sum_rows,
+    tile_rows,
+)
 
 EDGE = 32  # tokens of a chunk
 COLUMNS = 256  # of a table, at once
@@ -62,12 +74,7 @@ def _embed_forward(
     column = tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (column < H)[None, :]
     h = _rows(ids, word, place, kind, row, row < rows, mask, column, tokens, known, H)
-    middle = tl.sum(tl.where(mask, h, 0.0), 1) / H
-    away = tl.where(mask, h - middle[:, None], 0.0)
-    scale = tl.rsqrt(tl.sum(away * away, 1) / H + eps)
-    w = tl.load(weight + column, mask=column < H, other=0.0).to(tl.float32)
-    c = tl.load(shift + column, mask=column < H, other=0.0).to(tl.float32)
-    value = away * scale[:, None] * w[None, :] + c[None, :]
+    value, middle, scale = norm_of(h, weight, shift, column, eps, H)
     if DROPS:
         low, high = seed_words(seed)
         value = tl.where(kept(row, low, high, threshold, COLUMNS), value * keep_scale, 0.0)
@@ -117,19 +124,12 @@ def _embed_backward(
         h = _rows(ids, word, place, kind, row, row < rows, mask, column, tokens, known, H)
         middle = tl.load(mean + row, mask=row < rows, other=0.0)
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)
-        normed = tl.where(mask, (h - middle[:, None]) * scale[:, None], 0.0)
-        dw += g * normed
         dc += g
-        g *= w[None, :]
-        along = tl.sum(g * normed, 1) / H
-        level = tl.sum(g, 1) / H
-        g = tl.where(mask, (g - level[:, None] - normed * along[:, None]) * scale[:, None], 0.0)
+        g, share = norm_gradient(g, h, w, middle, scale, mask, H)
+        dw += share
         tl.store(dh + at, g, mask=mask)
         dk += g
-    at = sums + tl.program_id(0) * 3 * H + column
-    tl.store(at, tl.sum(dk, 0), mask=column < H)
-    tl.store(at + H, tl.sum(dw, 0), mask=column < H)
-    tl.store(at + 2 * H, tl.sum(dc, 0), mask=column < H)
+    store_sums(sums, column, dk, dw, dc, H)
 
 
 @triton.jit(do_not_specialize=["rows", "known", "padding"])

@@ -56,6 +56,38 @@ def kept(row, seed_low, seed_high, threshold, COLUMNS: tl.constexpr):
     return tl.reshape(half, (row.shape[0], COLUMNS)) >= threshold.to(tl.uint32)
 
 
+@triton.jit
+def norm_of(value, weight, shift, column, eps, H: tl.constexpr):
+    """The norm of each row of ``value`` (R, COLUMNS), which is 0 beyond H, and rows' means and 1 / deviations."""
+    real = column < H
+    middle = tl.sum(value, 1) / H
+    away = tl.where(real[None, :], value - middle[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(away * away, 1) / H + eps)
+    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    c = tl.load(shift + column, mask=real, other=0.0).to(tl.float32)
+    return away * scale[:, None] * w[None, :] + c[None, :], middle, scale
+
+
+@triton.jit
+def norm_gradient(g, value, w, middle, scale, mask, H: tl.constexpr):
+    """Of ``g`` (R, COLUMNS), the gradient of the norm of ``value``: to ``value``, and to each row's share of the weight."""
+    normed = tl.where(mask, (value - middle[:, None]) * scale[:, None], 0.0)
+    share = g * normed
+    g *= w[None, :]
+    along = tl.sum(g * normed, 1) / H
+    level = tl.sum(g, 1) / H
+    return tl.where(mask, (g - level[:, None] - normed * along[:, None]) * scale[:, None], 0.0), share
+
+
+@triton.jit
+def store_sums(sums, column, first, second, third, H: tl.constexpr):
+    """Of each (R, COLUMNS) the sum over rows, to this program's (3, H) of ``sums``."""
+    at = sums + tl.program_id(0) * 3 * H + column
+    tl.store(at, tl.sum(first, 0), mask=column < H)
+    tl.store(at + H, tl.sum(second, 0), mask=column < H)
+    tl.store(at + 2 * H, tl.sum(third, 0), mask=column < H)
+
+
 @triton.jit(do_not_specialize=["rows", "threshold"])
 def _norm_forward(
     x,  # (M, H), in, as all below of no other type: float32 or bfloat16
@@ -89,12 +121,8 @@ def _norm_forward(
         value = tl.where(kept(row, low, high, threshold, COLUMNS), value * keep_scale, 0.0)
     value += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(h + at, value, mask=mask)
-    middle = tl.sum(value, 1) / H
-    away = tl.where(real[None, :], value - middle[:, None], 0.0)
-    scale = tl.rsqrt(tl.sum(away * away, 1) / H + eps)
-    w = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
-    c = tl.load(shift + column, mask=real, other=0.0).to(tl.float32)
-    tl.store(y + at, away * scale[:, None] * w[None, :] + c[None, :], mask=mask)
+    normed, middle, scale = norm_of(value, weight, shift, column, eps, H)
+    tl.store(y + at, normed, mask=mask)
     tl.store(mean + row, middle, mask=row < rows)
     tl.store(rstd + row, scale, mask=row < rows)
 
@@ -135,22 +163,15 @@ def _norm_backward(
         value = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
         middle = tl.load(mean + row, mask=row < rows, other=0.0)
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)
-        normed = tl.where(mask, (value - middle[:, None]) * scale[:, None], 0.0)
-        dw += g * normed
         dc += g
-        g *= w[None, :]
-        along = tl.sum(g * normed, 1) / H
-        level = tl.sum(g, 1) / H
-        g = tl.where(mask, (g - level[:, None] - normed * along[:, None]) * scale[:, None], 0.0)
+        g, share = norm_gradient(g, value, w, middle, scale, mask, H)
+        dw += share
         tl.store(dr + at, g, mask=mask)
         if DROPS:
             g = tl.where(kept(row, low, high, threshold, COLUMNS), g * keep_scale, 0.0)
             tl.store(dx + at, g, mask=mask)
         db += g
-    at = sums + tl.program_id(0) * 3 * H + column
-    tl.store(at, tl.sum(db, 0), mask=real)
-    tl.store(at + H, tl.sum(dw, 0), mask=real)
-    tl.store(at + 2 * H, tl.sum(dc, 0), mask=real)
+    store_sums(sums, column, db, dw, dc, H)
 
 
 def sum_rows(parts_PC: Tensor, out_C: Tensor, gap: int = 0) -> None:
