@@ -15,7 +15,7 @@ from torch import Tensor
 from haste_dist.config import EncoderConfig
 from haste_dist.encoder import Encoder, compile_blocks, fuse_blocks
 from haste_dist.errors import CheckpointError
-from haste_dist.flat import ClippedAdamW, FlatModule
+from haste_dist.flat import ClippedAdamW, FlatModule, join_parameters
 from haste_dist.graphs import GraphedModule, most_tokens, pads
 from haste_dist.imports import no_collection
 from haste_dist.meters import encoder_work, stage
@@ -44,6 +44,7 @@ class EncoderEngine:
         self.work, self.width = encoder_work(encoder), encoder.width  # before the weights are joined
         self._engine = None
         if config.frozen:
+            join_parameters(encoder)
             return
         most = most_tokens(config, encoder)
         self._flat = GraphedModule(encoder, most) if world.device.type == "cuda" and pads(config, most) else FlatModule(encoder)

@@ -82,18 +82,36 @@ class FlatModule(nn.Module):
         return ((name, view.view(shape)) for name, view, shape in zip(self.names, views, self.shapes, strict=True))
 
 
+@torch.no_grad()
+def join_parameters(module: nn.Module) -> None:
+    """The same for a module that is not trained: its parameters stay, but those that a part takes as one become views of one tensor. What
+    is copied into them later is seen in it; a copy of the module must be joined again."""
+    for part, kind, parameters in _taken_as_one(module):
+        whole = torch.cat(tuple(parameters))
+        for p, view in zip(parameters, whole.chunk(len(parameters)), strict=True):
+            p.data = view
+        part.__dict__[f"joined_{kind}"] = whole
+
+
 def _joins(module: nn.Module, index: dict[int, int]) -> dict[int, tuple[int, Places]]:
     """Of the first of parameters that a part takes as one, by its ``index`` in the flat tensor: how many they are, and where they go."""
     found: dict[int, tuple[int, Places]] = {}
+    for part, kind, parameters in _taken_as_one(module):
+        first = index.get(id(parameters[0]), -1)
+        if first >= 0 and [index.get(id(p)) for p in parameters] == list(range(first, first + len(parameters))):
+            found.setdefault(first, (len(parameters), []))[1].append((part, f"joined_{kind}"))
+    return found
+
+
+def _taken_as_one(module: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Parameter]]]:
+    """Parts that take parameters of one shape as one, ``weight`` or ``bias``, and these."""
     for part in module.modules():
         names: tuple[str, ...] = getattr(part, "joined", ())
         for kind in ("weight", "bias") if names else ():
-            parameters = [part.get_submodule(name)._parameters.get(kind) for name in names]
-            first = index.get(id(parameters[0]), -1)
-            behind = [index.get(id(p)) for p in parameters] == list(range(first, first + len(names)))
-            if first >= 0 and behind and len({p.shape for p in parameters if p is not None}) == 1:
-                found.setdefault(first, (len(names), []))[1].append((part, f"joined_{kind}"))
-    return found
+            found = [part.get_submodule(name)._parameters.get(kind) for name in names]
+            parameters = [p for p in found if p is not None]
+            if len(parameters) == len(names) and len({p.shape for p in parameters}) == 1:
+                yield part, kind, parameters
 
 
 class ClippedAdamW(torch.optim.AdamW):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from haste_dist.flat import ClippedAdamW, FlatModule
+from haste_dist.flat import ClippedAdamW, FlatModule, join_parameters
 
 OPTIONS = {"lr": 0.1, "betas": (0.9, 0.99)}
 
@@ -103,6 +103,21 @@ def test_parameters_that_lie_end_to_end_are_taken_as_one(fixed: str) -> None:
         for kind in kinds:
             whole = torch.cat([getattr(part, kind) for part in (module.a, module.b, module.c)])  # type: ignore[union-attr]
             assert torch.equal(module.__dict__[f"joined_{kind}"], whole)
+
+
+def test_a_module_that_is_not_trained_keeps_its_parameters() -> None:
+    torch.manual_seed(0)
+    plain, other = Joined(), Joined()
+    module = copy.deepcopy(plain).requires_grad_(False)
+    join_parameters(module)
+    assert [(name, p.shape) for name, p in module.named_parameters()] == [(name, p.shape) for name, p in plain.named_parameters()]
+    x = torch.randn(5, 6)
+    for weights in (plain, other):
+        for (name, p), own in zip(module.named_parameters(), weights.parameters(), strict=True):
+            p.copy_(own)  # as new weights come while a service answers
+            assert torch.equal(p, own), name
+        assert torch.equal(module.__dict__["joined_weight"], torch.cat([weights.a.weight, weights.b.weight, weights.c.weight]))
+        torch.testing.assert_close(module(x), weights(x))
 
 
 @pytest.mark.parametrize("first", [5, 36, 40])

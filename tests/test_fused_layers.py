@@ -14,7 +14,7 @@ from haste_dist import fused_layers
 from haste_dist.config import EncoderConfig
 from haste_dist.dry_run import dry_run
 from haste_dist.encoder import Encoder, build_encoder, compile_blocks, fuse_blocks
-from haste_dist.flat import FlatModule
+from haste_dist.flat import FlatModule, join_parameters
 from haste_dist.fused_layers import fuse_layers, is_fused, spare_last_layer
 from haste_dist.graphs import can_replay
 from haste_dist.meters import encoder_work
@@ -69,6 +69,11 @@ def test_embeddings_and_gradients_are_those_of_the_layers_before(family: str) ->
     assert [name for name, _ in plain.named_parameters()] == [name for name, _ in fused.named_parameters()]
     flat = FlatModule(copy.deepcopy(fused))
     assert all("joined_weight" in layer.__dict__ for layer in flat.module.modules() if is_fused(layer))
+    fixed = copy.deepcopy(fused).requires_grad_(False)
+    join_parameters(fixed)
+    assert all("joined_weight" in layer.__dict__ for layer in fixed.modules() if is_fused(layer))
+    ids = torch.randint(5, 100, (3, 11))
+    torch.testing.assert_close(fixed(ids, None), plain(ids, None), rtol=1e-9, atol=1e-11)
     for tokens, hides in ((9, False), (20, True), (133, True)):
         first, *gradients = expected = results(plain, tokens, hides)
         for own, ours in zip(expected, results(fused, tokens, hides), strict=True):
