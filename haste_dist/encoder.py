@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerFast
@@ -40,6 +41,7 @@ SCRATCH_LAYERS = 2
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Of a (B, S) mask transformers asks the GPU whether it hides anything, and the host waits for the answer in every pass. Models of these
 # families, in which every token sees all others, take the (B, 1, S, S) mask that it would make.
+PLACES_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "data2vec-text")
 WHOLE_MASK = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert", "ernie", "nomic_bert")
 
 
@@ -113,12 +115,16 @@ def resolve_name(name: str) -> str:
 def load_tokenizer(config: EncoderConfig) -> PreTrainedTokenizerFast:
     """The fast tokenizer of the encoder, or the one that ``encoder.tokenizer`` names. Raises ConfigError."""
     name = config.tokenizer or config.name
+    if not name:
+        raise ConfigError("encoder.name is empty; name a model, a folder that has one, or scratch")
     if name == "scratch":
         raise ConfigError("encoder.name=scratch has no tokenizer of its own; set encoder.tokenizer to a name or a path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_name(name), use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load("encoder.tokenizer", name, error) from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where there are no files
+        raise ConfigError(f"encoder.tokenizer: '{name}' has no words; its tokenizer.json or vocabulary is missing")
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or not tokenizer.is_fast:
         raise ConfigError(f"encoder.tokenizer: '{name}' has no fast tokenizer; choose one with a tokenizer.json")
     if tokenizer.pad_token_id is None:
@@ -135,7 +141,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def model_config(config: EncoderConfig, vocab_size: int, pad_id: int, max_length: int) -> Any:
-    """The Hugging Face configuration of the model to build, with this system's settings applied. Raises ConfigError."""
+    """The Hugging Face configuration of the model to build, with this system's settings applied; ``vocab_size`` of the tokenizer, if it is
+    known (a scratch encoder needs it). Raises ConfigError."""
     if config.name == "scratch":
         made = BertConfig(
             vocab_size=vocab_size,
@@ -149,18 +156,34 @@ def model_config(config: EncoderConfig, vocab_size: int, pad_id: int, max_length
     else:
         try:
             made = AutoConfig.from_pretrained(resolve_name(config.name), trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise _cannot_load("encoder.name", config.name, error) from None
+        if getattr(made, "is_encoder_decoder", False):
+            raise ConfigError(f"encoder.name: '{config.name}' ({made.model_type}) has a decoder as well; name an encoder alone")
         if config.layers:
-            made.num_hidden_layers = min(config.layers, made.num_hidden_layers)
-        longest = getattr(made, "max_position_embeddings", max_length)
+            if config.layers > made.num_hidden_layers:
+                raise ConfigError(f"encoder.layers={config.layers}: '{config.name}' has {made.num_hidden_layers}")
+            made.num_hidden_layers = config.layers
+        longest = most_positions(made) or max_length
         if max_length > longest:
             raise ConfigError(f"data.max_length={max_length}: '{config.name}' takes at most {longest} tokens")
+        if vocab_size > made.vocab_size:
+            raise ConfigError(
+                f"encoder.name: '{config.name}' knows {made.vocab_size:,} tokens, the tokenizer of its texts has {vocab_size:,}; "
+                "set encoder.tokenizer to the model's own, and run haste prepare again"
+            )
     if config.dropout >= 0:
         for name in DROPOUT_FIELDS:
             if isinstance(getattr(made, name, None), float):
                 setattr(made, name, config.dropout)
     return made
+
+
+def most_positions(made: Any) -> int:
+    """Tokens of the longest text that a model takes; 0 if there is no end. Some families leave out the places up to the padding's id."""
+    longest: int = getattr(made, "max_position_embeddings", 0)
+    padding = 1 if made.model_type == "mpnet" else made.pad_token_id or 0
+    return max(0, longest - padding - 1) if made.model_type in PLACES_BEHIND_PADDING else longest
 
 
 def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_length: int = 512, pretrained: bool = True) -> Encoder:
@@ -175,21 +198,33 @@ def build_encoder(config: EncoderConfig, vocab_size: int, pad_id: int, max_lengt
             "encoder.attention=flash: the package flash-attn or a GPU for it is missing; install it or set encoder.attention=sdpa"
         )
     attention = "flash_attention_2" if config.attention == "flash" else None  # None: SDPA, or the model's own where it has none
+    found: dict[str, Any] = {}
     try:
         with no_collection():  # the model's code is imported here, and most of transformers with it
             if config.name == "scratch" or not pretrained:
                 model = AutoModel.from_config(made, attn_implementation=attention, trust_remote_code=False)
             else:
-                model = AutoModel.from_pretrained(
+                model, found = AutoModel.from_pretrained(
                     resolve_name(config.name),
+                    output_loading_info=True,
                     config=made,
                     dtype=torch.float32,
                     attn_implementation=attention,
                     trust_remote_code=False,
                     use_safetensors=True,
                 )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _cannot_load("encoder.name", config.name, error) from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ConfigError(f"encoder.name: weights of '{config.name}' have other shapes than its config.json says") from None
+    missing = sorted(name for name in found.get("missing_keys", ()) if not name.startswith("pooler."))
+    if missing:
+        raise ConfigError(
+            f"encoder.name: '{config.name}' has no weights for '{missing[0]}'{f' and {len(missing) - 1} more' if missing[1:] else ''}; "
+            "are its config.json and its weights of one model?"
+        )
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # pooling is ours; an unused layer would only take memory and optimizer state
     if config.checkpointing:
@@ -268,7 +303,11 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def _cannot_load(setting: str, name: str, error: Exception) -> ConfigError:
-    without = "; where the hub cannot be reached, name a folder that has its files" if "connect" in str(error) else ""
+    if Path(name).is_dir():
+        without = f"; look at the files in {name}"
+    else:
+        without = "; where the hub cannot be reached, name a folder that has its files" if "connect" in str(error) else ""
+        without += "; there is no such folder here"
     return ConfigError(f"{setting}: cannot load '{name}' ({_first_line(error).rstrip('.')}){without}")
 
 

@@ -110,7 +110,8 @@ class Bench:
     def __init__(self, config: Config, world: World):
         self.world = world
         torch.manual_seed(config.run.seed)
-        self.encoder: Encoder = build_encoder(config.encoder, VOCABULARY, 0, config.data.max_length, pretrained=False)
+        vocabulary = VOCABULARY if config.encoder.name == "scratch" else 0
+        self.encoder: Encoder = build_encoder(config.encoder, vocabulary, 0, config.data.max_length, pretrained=False)
         self.engine = EncoderEngine(self.encoder, config.encoder, world)
 
     def measure(self, config: Config, point: Point, law: LabelLaw, effort: Effort) -> Row:

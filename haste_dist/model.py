@@ -77,14 +77,7 @@ def make_encoder(config: Config, manifest: Manifest, pretrained: bool = True) ->
     """The encoder on the CPU, its scratch weights drawn from ``run.seed``, the same on each rank. Raises ConfigError."""
     torch.manual_seed(config.run.seed)
     tokenizer = manifest.tokenizer
-    encoder = build_encoder(config.encoder, tokenizer.vocab_size, tokenizer.pad_id, config.data.max_length, pretrained)
-    known = encoder.model.get_input_embeddings().num_embeddings  # type: ignore[union-attr, operator]
-    if tokenizer.vocab_size > known:
-        raise ConfigError(
-            f"encoder.name: '{config.encoder.name}' knows {known:,} tokens, the tokenizer that the texts were prepared with has "
-            f"{tokenizer.vocab_size:,}; set encoder.tokenizer to the model's own and run haste prepare again"
-        )
-    return encoder
+    return build_encoder(config.encoder, tokenizer.vocab_size, tokenizer.pad_id, config.data.max_length, pretrained)
 
 
 def make_classifier(config: Config, order: LabelOrder, width: int, world: World, drawn: bool = True) -> Classifier:

@@ -56,7 +56,7 @@ def prepare(config: Config, order: Callable[[Config, Path, Manifest], None] | No
 
     Raises ConfigError or DataError, in one line, for settings or input that cannot be used, and where the disk is full.
     """
-    from haste_dist.encoder import load_tokenizer, tokenizer_fingerprint  # torch and transformers: seconds to import
+    from haste_dist.encoder import load_tokenizer, model_config, tokenizer_fingerprint  # torch and transformers: seconds to import
 
     data = config.data
     _check_settings(config)
@@ -73,6 +73,7 @@ def prepare(config: Config, order: Callable[[Config, Path, Manifest], None] | No
         pad_id=int(tokenizer.pad_token_id),
         vocab_size=len(tokenizer),
     )
+    model_config(config.encoder, record.vocab_size, record.pad_id, data.max_length)  # what cannot be trained on is told before the work
     origin = {"format": source.format, "files": [_describe(file) for file in source.files()]}
     settings = [SCHEMA_VERSION, origin, record.fingerprint, side, data.max_length, data.rows_per_shard, data.limit]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()

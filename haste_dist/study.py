@@ -129,6 +129,13 @@ def missing(points: Iterable[Point], rows: Sequence[Row], config: Config, law: L
     return [point for point in points if tuple({**point.key(config, law), "device": device}[name] for name in KEYS) not in done]
 
 
+def of_page(rows: Sequence[Row], config: Config, law: LabelLaw) -> list[Row]:
+    """The rows that differ in their points alone: whose encoder, types and labels' law are those of ``config``."""
+    point = Point(**{field.name: 1 for field in dataclasses.fields(Point)})
+    page = {name: value for name, value in point.key(config, law).items() if name not in (*dataclasses.asdict(point), "head_rows")}
+    return [row for row in rows if all(row[name] == value for name, value in page.items())]
+
+
 def measured(rows: Sequence[Row]) -> list[Row]:
     """The rows that have figures."""
     return [row for row in rows if not row["note"]]

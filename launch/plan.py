@@ -61,7 +61,8 @@ def plan(config: Config, words: Words) -> int:
     where = choose_device(config, words)
     ranks = words.gpus or config.launch.ranks or (torch.cuda.device_count() if where.kind == "cuda" else 1) or 1
     manifest = _manifest(config, words)
-    facts = facts_of(manifest, ranks, where.kind) if manifest else Facts(0, words.most_labels or 20, VOCABULARY, 0, ranks, where.kind)
+    words_known = VOCABULARY if config.encoder.name == "scratch" else 0
+    facts = facts_of(manifest, ranks, where.kind) if manifest else Facts(0, words.most_labels or 20, words_known, 0, ranks, where.kind)
     if words.labels:
         facts = dataclasses.replace(facts, labels=_count("--labels", words.labels))
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH, highlight=False)

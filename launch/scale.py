@@ -24,7 +24,7 @@ from haste_dist.errors import ConfigError, Interrupted, OutOfMemory
 from haste_dist.manifest import writable_folder
 from haste_dist.measure import Effort, device_name
 from haste_dist.records import stamp
-from haste_dist.study import Efficiency, Point, Row, add_row, layer_ms, measured, missing, read_study, strong_scaling, weak_scaling
+from haste_dist.study import Efficiency, Point, Row, add_row, layer_ms, measured, missing, of_page, read_study, strong_scaling, weak_scaling
 from haste_dist.synthetic import LabelLaw
 from haste_launch.progress import short
 from haste_launch.ray_session import ray_session
@@ -63,7 +63,7 @@ def scale(config: Config, words: Words) -> int:
         for count in sorted({point.ranks for point in left}):
             if _measure(config, [point for point in left if point.ranks == count], law, words, cuda, device):
                 raise Interrupted(f"every finished point is kept in {folder}; the same command goes on from there")
-    report(folder, words)
+    report(config, words)
     return 0
 
 
@@ -91,10 +91,16 @@ def task_arguments(points: list[Point], law: LabelLaw, words: Words, cuda: bool)
     }
 
 
-def report(folder: Path, words: Words) -> None:
-    """Prints the study's table, its efficiencies and the cost model; writes the model and the plot."""
+def report(config: Config, words: Words) -> None:
+    """Prints the table of the points that were measured with these settings, their efficiencies and the cost model; writes the model and
+    the plot."""
     console = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH, highlight=False)
-    rows = read_study(folder)
+    folder = Path(config.run.folder)
+    whole = read_study(folder)
+    rows = of_page(whole, config, law_of(words))
+    if len(rows) < len(whole):
+        others = f"{len(whole) - len(rows)} points in {folder} are of other settings (encoder, types, law of the labels)"
+        console.print(f"{others}: left out here, shown by a command that has theirs", soft_wrap=True)
     console.print(_table(rows))
     for title, found in (("weak scaling", weak_scaling(rows)), ("strong scaling", strong_scaling(rows))):
         for one in found:

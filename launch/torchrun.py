@@ -75,7 +75,7 @@ def _scale(argv: list[str], wants_stop: Callable[[], bool]) -> int:
     points = points_of(words, config, [world.size], cuda)
     measure_rank(config, world, task_arguments(points, law_of(words), words, cuda), wants_stop)
     if world.is_first:
-        report(Path(config.run.folder), words)
+        report(config, words)
     leave_world()
     return 130 if wants_stop() else 0
 

@@ -1,6 +1,7 @@
 """The encoder's settings: what should change nothing changes nothing, and adapters train, resume and predict."""
 
 import copy
+import dataclasses
 import functools
 import json
 import subprocess
@@ -16,7 +17,7 @@ from tiny import check_resumed_and_shared, make_prepared, read_losses, train_all
 from transformers import AutoConfig, AutoModel
 
 from haste_dist.config import EncoderConfig, load_config
-from haste_dist.encoder import WHOLE_MASK, Encoder, build_encoder, compile_blocks
+from haste_dist.encoder import WHOLE_MASK, Encoder, build_encoder, compile_blocks, load_tokenizer
 from haste_dist.errors import ConfigError, HasteError
 from haste_dist.flat import FlatModule
 from haste_dist.manifest import Manifest, TokenizerRecord
@@ -94,7 +95,7 @@ def test_a_whole_mask_hides_what_a_mask_of_texts_hides(family: str) -> None:
 def test_a_model_without_sdpa_is_built(tmp_path: Path) -> None:
     tiny_model("mpnet").save_pretrained(tmp_path)
     config = EncoderConfig(name=str(tmp_path))
-    assert build_encoder(config, 100, 0).width == 32
+    assert build_encoder(config, 100, 0, 64).width == 32
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -136,7 +137,7 @@ def test_mpnet_makes_activations_again(tmp_path: Path) -> None:
     tiny_model("mpnet").save_pretrained(tmp_path)
     ids, runs, gradients = torch.randint(5, 99, (3, 20)), [], []
     for checkpointing in (False, True):
-        encoder = build_encoder(EncoderConfig(name=str(tmp_path), checkpointing=checkpointing), 100, 1).train()
+        encoder = build_encoder(EncoderConfig(name=str(tmp_path), checkpointing=checkpointing), 100, 1, 64).train()
         attention: Any = encoder.model.encoder.layer[0].attention.attn
         runs.append(0)
         attention.register_forward_hook(lambda *_: runs.append(runs.pop() + 1))
@@ -156,7 +157,7 @@ def test_models_that_cannot_be_had_are_told(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("We couldn't connect to the hub.\nCheck it.")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
-    advice = r"cannot load 'a/b' \(We couldn't connect to the hub\); where the hub cannot be reached, name a folder that has its files$"
+    advice = r"\(We couldn't connect to the hub\); where .* reached, name a folder that has its files; there is no such folder here$"
     with pytest.raises(ConfigError, match=advice):
         build_encoder(EncoderConfig(name="a/b"), 100, 0)
 
@@ -166,10 +167,56 @@ def test_a_tokenizer_that_knows_more_than_the_model_is_told(tmp_path: Path) -> N
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=50, **sizes)).save_pretrained(tmp_path / "model")
     page.encoder.name = str(tmp_path / "model")
-    with pytest.raises(
-        ConfigError, match=r"knows 50 tokens, the tokenizer that the texts were prepared with has 202; set encoder\.tokenizer"
-    ):
+    with pytest.raises(ConfigError, match=r"knows 50 tokens, the tokenizer of its texts has 202; set encoder\.tokenizer"):
         make_encoder(page, open_prepared(page).manifest)
+
+
+@pytest.mark.parametrize(("family", "longest"), [("bert", 64), ("roberta", 62), ("mpnet", 62), ("distilbert", 64)])
+def test_the_longest_text_is_known_by_family(tmp_path: Path, family: str, longest: int) -> None:
+    """Some leave out the places up to the padding's id. The longest that is taken is embedded, one more is refused."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    made = AutoConfig.for_model(family, vocab_size=50, **sizes)
+    AutoModel.from_config(made).save_pretrained(tmp_path)
+    config = EncoderConfig(name=str(tmp_path))
+    ids = torch.randint(3, 50, (2, longest))
+    assert build_encoder(config, 50, made.pad_token_id, longest).eval()(ids, torch.ones_like(ids)).shape == (2, 32)
+    with pytest.raises(ConfigError, match=f"^data.max_length={longest + 1}: '.*' takes at most {longest} tokens$"):
+        build_encoder(config, 50, made.pad_token_id, longest + 1)
+
+
+def test_folders_that_are_no_model_are_told(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+    for family in ("bert", "distilbert"):
+        AutoModel.from_config(AutoConfig.for_model(family, **sizes)).save_pretrained(tmp_path / family)
+    model = tmp_path / "bert"
+    config = EncoderConfig(name=str(model))
+
+    def refusal(**changed: Any) -> str:
+        with pytest.raises(ConfigError) as refused:
+            build_encoder(dataclasses.replace(config, **changed), 50, 0)
+        return str(refused.value).replace(str(tmp_path), "")
+
+    assert refusal(layers=2) == "encoder.layers=2: '/bert' has 1"
+    assert refusal(name=str(tmp_path)).startswith("encoder.name: cannot load ''")
+    for name in ("", "scratch"):
+        with pytest.raises(ConfigError, match=r"^encoder\.name is empty; name a model|^encoder\.name=scratch has no tokenizer"):
+            load_tokenizer(EncoderConfig(name=name))
+    with pytest.raises(ConfigError, match=r"^encoder\.tokenizer: '.*/bert' has no words; its tokenizer\.json or vocabulary is missing$"):
+        load_tokenizer(config)
+    weights, page = (model / "model.safetensors").read_bytes(), json.loads((model / "config.json").read_text())
+    (model / "model.safetensors").write_bytes((tmp_path / "distilbert/model.safetensors").read_bytes())
+    message = refusal()
+    assert message.startswith("encoder.name: '/bert' has no weights for '")
+    assert message.endswith(" more; are its config.json and its weights of one model?")
+    (model / "model.safetensors").write_bytes(weights[:-100])
+    assert refusal().startswith("encoder.name: cannot load '/bert' (Error while deserializing header")
+    (model / "model.safetensors").write_bytes(weights)
+    (model / "config.json").write_text(json.dumps(page | {"intermediate_size": 48}))
+    assert refusal() == "encoder.name: weights of '/bert' have other shapes than its config.json says"
+    (model / "config.json").write_text("[]")
+    assert refusal().startswith("encoder.name: cannot load '/bert' (")
+    AutoConfig.for_model("t5", d_model=32, d_ff=64, num_layers=1, num_heads=2, vocab_size=50).save_pretrained(model)
+    assert refusal() == "encoder.name: '/bert' (t5) has a decoder as well; name an encoder alone"
 
 
 def test_attention_kernels_that_are_missing_are_told(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from haste_dist.cost_model import load_model
 from haste_dist.errors import ConfigError, DataError, OutOfMemory
 from haste_dist.measure import Effort, measure_points
 from haste_dist.runlog import read_events
-from haste_dist.study import FILE, KEYS, SCHEMA, Point, add_row, missing, read_study, strong_scaling, weak_scaling
+from haste_dist.study import FILE, KEYS, SCHEMA, Point, add_row, missing, of_page, read_study, strong_scaling, weak_scaling
 from haste_dist.synthetic import LabelLaw, spread, synthetic_batch
 from haste_dist.world import World, join_world
 from haste_launch import cli, scale
@@ -221,6 +221,9 @@ def test_what_changes_a_figure_is_measured_anew(word: str) -> None:
     row = row_of(point, config)
     assert missing([point], [row], config, LAW, "cpu") == []
     assert missing([point], [row], small(word), LAW, "cpu") == [point]
+    other = row_of(Point(900, 2, 8, 16, 32), small(word))
+    assert of_page([row, other], config, LAW) == [row]
+    assert of_page([row, other], small(word), LAW) == [other]
 
 
 def measure_all(world: World, config: Config, points: list[Point], folder: Path) -> None:
