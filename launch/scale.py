@@ -218,3 +218,6 @@ def _print_model(console: Console, model: CostModel, load: Load, network: Networ
         steps = [model.predict(scaled(load, labels, ranks), network).step for labels in PREDICTED_LABELS]
         made.add_row(f"{ranks:,}", *(f"{1e3 * step:,.4g}" for step in steps))
     console.print(made)
+    corner = model.predict(scaled(load, PREDICTED_LABELS[-1], PREDICTED[0]), network)
+    for note in corner.notes:
+        console.print(f"note, of {short(PREDICTED_LABELS[-1])} labels on {PREDICTED[0]}: {note}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,7 @@ def test_the_command_measures_draws_and_goes_on(
     assert "weak scaling: 4000 labels on 2 ranks beside 2000 on 1" in said.out
     assert "strong scaling: 4000 labels on 2 ranks" in said.out
     assert "left out" in said.out
+    assert re.search(r"note, of 10B labels on 8: labels a rank 1\.25e\+09: .* \(measured: ", said.out)
     assert pq.read_table(out / FILE).num_rows == 5
     assert (out / "study.png").stat().st_size > 10_000
     model = load_model(out / "cost_model.json")
