@@ -39,9 +39,10 @@ DROPOUT_FIELDS = (
 )
 SCRATCH_LAYERS = 2
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Families whose first token has the place behind the padding's id.
+PLACES_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "data2vec-text")
 # Of a (B, S) mask transformers asks the GPU whether it hides anything, and the host waits for the answer in every pass. Models of these
 # families, in which every token sees all others, take the (B, 1, S, S) mask that it would make.
-PLACES_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "data2vec-text")
 WHOLE_MASK = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "albert", "ernie", "nomic_bert")
 
 
@@ -167,9 +168,10 @@ def model_config(config: EncoderConfig, vocab_size: int, pad_id: int, max_length
         longest = most_positions(made) or max_length
         if max_length > longest:
             raise ConfigError(f"data.max_length={max_length}: '{config.name}' takes at most {longest} tokens")
-        if vocab_size > made.vocab_size:
+        known = getattr(made, "vocab_size", vocab_size)  # models of characters have no table
+        if vocab_size > known:
             raise ConfigError(
-                f"encoder.name: '{config.name}' knows {made.vocab_size:,} tokens, the tokenizer of its texts has {vocab_size:,}; "
+                f"encoder.name: '{config.name}' knows {known:,} tokens, the tokenizer of its texts has {vocab_size:,}; "
                 "set encoder.tokenizer to the model's own, and run haste prepare again"
             )
     if config.dropout >= 0:

@@ -207,6 +207,7 @@ def _end_recording(device: torch.device, pool: Any) -> None:
     with suppress(RuntimeError, AttributeError, TypeError):  # given back only if it was still in use
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
-    nothing = torch.zeros(1, device=device)
-    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-        nothing.zero_()
+    with suppress(RuntimeError):  # memory may be full
+        nothing = torch.zeros(1, device=device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            nothing.zero_()

@@ -131,7 +131,7 @@ def missing(points: Iterable[Point], rows: Sequence[Row], config: Config, law: L
 
 def of_page(rows: Sequence[Row], config: Config, law: LabelLaw) -> list[Row]:
     """The rows that differ in their points alone: whose encoder, types and labels' law are those of ``config``."""
-    point = Point(**{field.name: 1 for field in dataclasses.fields(Point)})
+    point = Point(1, 1, 1, 1, 1)
     page = {name: value for name, value in point.key(config, law).items() if name not in (*dataclasses.asdict(point), "head_rows")}
     return [row for row in rows if all(row[name] == value for name, value in page.items())]
 

@@ -17,7 +17,7 @@ from tiny import check_resumed_and_shared, make_prepared, read_losses, train_all
 from transformers import AutoConfig, AutoModel
 
 from haste_dist.config import EncoderConfig, load_config
-from haste_dist.encoder import WHOLE_MASK, Encoder, build_encoder, compile_blocks, load_tokenizer
+from haste_dist.encoder import WHOLE_MASK, Encoder, build_encoder, compile_blocks, load_tokenizer, model_config
 from haste_dist.errors import ConfigError, HasteError
 from haste_dist.flat import FlatModule
 from haste_dist.manifest import Manifest, TokenizerRecord
@@ -182,6 +182,13 @@ def test_the_longest_text_is_known_by_family(tmp_path: Path, family: str, longes
     assert build_encoder(config, 50, made.pad_token_id, longest).eval()(ids, torch.ones_like(ids)).shape == (2, 32)
     with pytest.raises(ConfigError, match=f"^data.max_length={longest + 1}: '.*' takes at most {longest} tokens$"):
         build_encoder(config, 50, made.pad_token_id, longest + 1)
+
+
+def test_a_model_without_a_table_of_words_takes_any_tokenizer(tmp_path: Path) -> None:
+    AutoConfig.for_model("canine", hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    made = model_config(EncoderConfig(name=str(tmp_path)), 999_999, 0, 64)
+    assert not hasattr(made, "vocab_size")
+    assert made.hidden_size == 32
 
 
 def test_folders_that_are_no_model_are_told(tmp_path: Path) -> None:
