@@ -22,7 +22,7 @@ SCRATCH_BYTES = 256 << 20  # what the deterministic mode may take beside the sta
 
 @triton.jit(do_not_specialize=["copies"])
 def _collect(
-    dx,  # (N, D) float32, out (ADD: in and out)
+    dx,  # (N, D) any float type, out (ADD: float32, in and out)
     parts,  # (copies, D, NP) float32 or float16, in
     scale: tl.float32,
     n,

@@ -3,7 +3,8 @@
     z_NL[:, group] = x_DN[index]^T W^T + b       dx_DN[index] += W^T dz^T       dW = dz^T x_DN[index]^T
 
 x is transposed once, so that a gathered feature is one run of batch values; dx is summed so too, in float32, by the cache's atomic
-additions. In half precision two of them have faster kernels in gluon_linear.py; labels of their own (G = 1) others in triton_fan_in.py.
+additions. In half precision all have faster kernels: large ones on newer GPUs in slab_linear.cu, else two in gluon_linear.py. Labels of
+their own (G = 1) have others in triton_fan_in.py.
 
 Letters: N batch rows, B of them a tile, D input features, T groups, G labels a group, S groups a program, F fan-in, L labels.
 """
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from haste_kernels import triton_fan_in, tuning
+from haste_kernels import slab_linear, triton_fan_in, tuning
 
 try:
     from haste_kernels import gluon_linear
@@ -111,6 +112,11 @@ def supported(x: Tensor, weight: Tensor) -> bool:
     if x.dtype == torch.float32:
         return size == 1 or (fan_in <= 128 and _power(size) * _power(fan_in) <= 4096)
     return x.dtype in HALF and size <= 128
+
+
+def repeats(dz: Tensor, weight: Tensor, width: int) -> bool:
+    """Whether ``grad_x`` gives the same bits each time."""
+    return slab_linear.serves("grad_x", dz, weight, width)
 
 
 # ---- Kernels for any type
@@ -232,8 +238,10 @@ def _grad_weight(
 
 
 def forward(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, rows: int, config: LinearConfig | None = None) -> Tensor:
-    """(N, L) in the type of ``x``; arguments as in linear.group_shared_linear."""
+    """(N, L) in the type of ``x``; arguments as in linear.group_shared_linear. ``config``: by Triton, in these tiles."""
     groups, size, fan_in = weight.shape
+    if config is None and slab_linear.serves("forward", x, weight, x.shape[1]):
+        return slab_linear.forward(x, weight, index, bias, rows)
     config = config or choice("forward", size, fan_in, x)
     n = len(x)
     weight, index = weight.contiguous(), index.contiguous()
@@ -265,6 +273,8 @@ def forward(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, rows:
 def grad_x(dz: Tensor, weight: Tensor, index: Tensor, width: int, config: LinearConfig | None = None) -> Tensor:
     """dx (N, ``width``) in the type of ``dz`` (N, L)."""
     groups, size, fan_in = weight.shape
+    if config is None and slab_linear.serves("grad_x", dz, weight, width):
+        return slab_linear.grad_x(dz, weight, index, width)
     config = config or choice("grad_x", size, fan_in, dz)
     n, rows = dz.shape
     dz, weight, index = _rows_whole(dz), weight.contiguous(), index.contiguous()

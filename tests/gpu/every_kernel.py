@@ -15,6 +15,7 @@ from haste_kernels import (
     encoder_ops,
     head_step,
     random_features,
+    slab_linear,
     tail_step,
     topk,
     triton_head,
@@ -39,8 +40,10 @@ def positives(rows: int, times: int, rate: float = 0.02) -> Positives:
     return Positives(batch.repeat_interleave(times).to(CUDA), row.repeat_interleave(times).to(CUDA))
 
 
-def tail_state(size: int, fan_in: int, dtype: torch.dtype, momentum: torch.dtype | None, bias: bool, groups: int = 5) -> TailState:
-    index = random_features(0, groups, WIDTH, fan_in, 7, CUDA)
+def tail_state(
+    size: int, fan_in: int, dtype: torch.dtype, momentum: torch.dtype | None, bias: bool, groups: int = 5, width: int = WIDTH
+) -> TailState:
+    index = random_features(0, groups, width, fan_in, 7, CUDA)
     biases = normal(groups, size) if bias else None, normal(groups, size) if bias and momentum else None
     weight, kept = normal(groups, size, fan_in, dtype=dtype), normal(groups, size, fan_in, dtype=momentum)
     return TailState(weight, index, kept, *biases, 2**33, groups * size - 3, 0)
@@ -97,6 +100,13 @@ def layers() -> None:
             triton_linear.grad_weight(dz, x, tail.index, torch.empty_like(tail.weight), config)
             if size == 1:
                 break
+    for size, fan_in, spare in ((16, 64, 0), (32, 16, 0), (48, 128, 3), (64, 32, 1)):
+        width, rows = 2 * WIDTH, 31 * size - spare
+        tail = tail_state(size, fan_in, BF16, None, True, 31, width)
+        x, dz, bias = normal(N, width, dtype=BF16), normal(N, rows, dtype=BF16), normal(rows)
+        if slab_linear.takes("forward", x, tail.weight, width):
+            slab_linear.forward(x, tail.weight, tail.index, bias, rows)
+            slab_linear.grad_x(dz, tail.weight, tail.index, width)
 
 
 def encoders() -> None:
@@ -129,6 +139,8 @@ def main() -> None:
         return run(self, *args, **kwargs)
 
     triton.JITFunction.run = noted
+    launch = slab_linear._launch
+    slab_linear._launch = lambda op, *rest, **named: launched.add(f"slab_linear.slab_{op}") or launch(op, *rest, **named)
     torch.manual_seed(0)
     for part in (tails, heads, best, layers, encoders):
         part()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from haste_kernels import backend, linear, random_features, reference
+from haste_kernels import backend, linear, random_features, reference, slab_linear
 from haste_kernels.linear import FixedFanInLinear, GroupSharedLinear, grad_weight, grad_x, group_shared_linear
 
 if not torch.cuda.is_available():
@@ -109,6 +109,49 @@ def test_every_choice_of_tiles_gives_the_same(op: str, size: int) -> None:
     argument = {"forward": "forward", "grad_x": "dx", "grad_weight": "dw"}[op]
     for config in triton_linear.CONFIGS[op]:
         check(given, through_kernels(given, **{argument: config}))
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < slab_linear.CAPABILITY, reason="an older GPU")
+@pytest.mark.parametrize(
+    ("n", "width", "rows", "fan_in", "size"),
+    [
+        (300, 384, 5000, 64, 16),
+        (100, 768, 8180, 64, 32),  # padding, and labels of no multiple of eight
+        (33, 768, 3001, 64, 48),  # of no multiple of anything
+        (512, 768, 8192, 128, 64),
+        (1, 200, 1000, 16, 128),
+        (70, 1500, 4100, 32, 16),  # one part a slab of dx
+        (129, 904, 2000, 128, 112),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "weight"), [(BF16, BF16), (FP16, FP16), (BF16, FP32)])
+def test_kernels_on_slabs(n: int, width: int, rows: int, fan_in: int, size: int, dtype: torch.dtype, weight: torch.dtype) -> None:
+    given = make(n, width, rows, fan_in, size, dtype, weight)
+    x, w, index, bias, dz = (given[name] for name in ("x", "weight", "index", "bias", "dz"))
+    w.view(-1, fan_in)[rows:] = torch.nan  # padding may hold anything
+    assert slab_linear.takes("forward", x, w, width)
+    assert slab_linear.takes("grad_x", dz, w, width)
+    z, dx = slab_linear.forward(x, w, index, bias, rows), slab_linear.grad_x(dz, w, index, width)
+    assert torch.equal(dx, slab_linear.grad_x(dz, w, index.int(), width))  # the same bits each time
+    w.view(-1, fan_in)[rows:] = 0
+    check(given, (z, dx, *grad_weight(dz, x, index, size, weight)))
+    z = slab_linear.forward(x, w, index, None, rows)
+    given["bias"] = torch.zeros_like(bias)
+    assert float((z.double() - dense(given, torch.float64)[0]).norm()) < 0.01 * float(z.double().norm())
+    strange = torch.empty(n, rows + 3, dtype=dtype, device=CUDA)[:, 3:].copy_(dz)  # neither whole nor aligned
+    assert torch.equal(dx, slab_linear.grad_x(strange, w, index, width))
+
+
+def test_slabs_serve_where_they_pay() -> None:
+    x, weight = torch.zeros(512, 768, dtype=BF16, device=CUDA), torch.zeros(20_000, 16, 64, dtype=BF16, device=CUDA)
+    new = torch.cuda.get_device_capability() >= slab_linear.CAPABILITY
+    assert slab_linear.serves("forward", x, weight, 768) == slab_linear.serves("grad_x", x, weight, 768) == new
+    for op in ("forward", "grad_x"):
+        assert not slab_linear.serves(op, x[:40], weight, 768)
+        assert not slab_linear.serves(op, x.float(), weight, 768)
+        assert not slab_linear.serves(op, x, weight[:, :8], 768)
+        assert not slab_linear.takes(op, x, weight, 4096)  # not even one part fits
+    assert not slab_linear.serves("grad_x", x, weight.view(5000, 64, 64), 768)  # few additions
 
 
 def test_the_fast_kernels_are_what_runs() -> None:

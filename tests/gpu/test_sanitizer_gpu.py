@@ -20,6 +20,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 SCRIPT = Path(__file__).with_name("every_kernel.py")
 KERNELS = Path(__file__).parents[2] / "kernels"
 JIT = re.compile(r"^@(?:triton\.)?jit.*\ndef (\w+)\(\n    \w+,  # ", re.MULTILINE)  # a kernel's first argument is described beside it
+CUDA = re.compile(r"^__global__ .* (\w+)\($", re.MULTILINE)
 
 
 def start(*before: str) -> subprocess.Popen[str]:
@@ -35,6 +36,8 @@ def test_every_kernel_is_clean() -> None:
     told = plain.communicate(timeout=300)[0]
     assert plain.returncode == 0, told[-3000:]
     known = {f"{file.stem}.{name}" for file in KERNELS.glob("*.py") for name in JIT.findall(file.read_text())}
+    if torch.cuda.get_device_capability() >= (9, 0):
+        known |= {f"{file.stem}.{name}" for file in KERNELS.glob("*.cu") for name in CUDA.findall(file.read_text())}
     assert known
     assert known <= set(told.split()), f"never launched: {known - set(told.split())}"
     runs = {tool: start("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "5") for tool in TOOLS}

@@ -1,0 +1,148 @@
+"""The group-shared layer's forward pass and gradient to x from shared memory, for NVIDIA GPUs from compute capability 9.0 on.
+
+A multiprocessor keeps all D features of some batch rows in its shared memory, and gathers and adds there. Triton cannot address shared
+memory by data, so the kernels are CUDA C++ (slab_linear.cu), compiled by torch's own compiler at a shape's first use, in half a second.
+dx is summed in float32, always in the same order: the same bits each time. A row that is not finite spoils up to 15 rows beside it.
+
+Letters: N batch rows, D features of x, T groups, G labels a group, F fan-in, L labels, P parts of 32 rows a slab.
+"""
+
+import functools
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from haste_kernels.triton_dx import gather
+
+Op = Literal["forward", "grad_x"]
+PART = 32  # batch rows
+BYTES: dict[Op, int] = {"forward": 2, "grad_x": 4}  # of a value in the slab
+PARTS: dict[Op, tuple[int, ...]] = {"forward": (4, 2, 1), "grad_x": (2, 1)}  # the more, the less is read again
+FAN_INS, LARGEST_GROUP = (16, 32, 64, 128), 128
+CAPABILITY = (9, 0)
+BESIDE = 1024  # bytes of shared memory that a program needs beside its slab
+# Below these, filling and emptying slabs took as long as the other kernels took in all. Larger groups have few additions to dx.
+WORTH: dict[Op, int] = {"forward": 1 << 26, "grad_x": 1 << 20}  # logits, and batch rows times groups
+LARGEST_ADDED = 32  # labels a group
+
+
+class Slabs(NamedTuple):
+    """How the work is cut: P parts a slab; slabs for all batch rows; ranges of groups, so that each multiprocessor has a program."""
+
+    parts: int
+    slabs: int
+    ranges: int
+
+    @property
+    def rows(self) -> int:
+        """Batch rows with padding."""
+        return PART * self.parts * self.slabs
+
+
+def parts(op: Op, n: int, width: int, shared: int) -> int:
+    """P: the most parts of which a slab fits ``shared`` bytes and has rows; 0 if not even one fits."""
+    return next((p for p in PARTS[op] if width * PART * p * BYTES[op] <= shared and (p == 1 or PART * (p // 2) < n)), 0)
+
+
+def takes(op: Op, x: Tensor, weight: Tensor, width: int) -> bool:
+    """Whether there is a kernel for these types and sizes, and a GPU for it. ``x`` is x, or dz; ``weight`` is (T, G, F)."""
+    _, size, fan_in = weight.shape
+    if not x.is_cuda or torch.version.hip is not None or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if size % 16 or size > LARGEST_GROUP or fan_in not in FAN_INS or weight.dtype not in (x.dtype, torch.float32):
+        return False
+    capability, _, shared = _device(x.device.index or 0)
+    return capability >= CAPABILITY and parts(op, len(x), width, shared) > 0 and _compiles()
+
+
+def serves(op: Op, x: Tensor, weight: Tensor, width: int) -> bool:
+    """Whether it is these kernels that do it: they take it, and it pays."""
+    groups, size, _ = weight.shape
+    work = len(x) * groups * (size if op == "forward" else 1)
+    return work >= WORTH[op] and (op == "forward" or size <= LARGEST_ADDED) and takes(op, x, weight, width)
+
+
+def forward(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """(N, L) in the type of ``x``; arguments as in linear.group_shared_linear."""
+    n, width = x.shape
+    cut = _cut("forward", x.device, n, width)
+    x_DN = _aligned(x.T if n == cut.rows else functional.pad(x.T, (0, cut.rows - n)))
+    out = torch.empty(n, rows, dtype=x.dtype, device=x.device)
+    bias = torch.empty(0, device=x.device) if bias is None else _aligned(bias.float())  # an empty tensor's address is 0
+    _launch("forward", cut, [x_DN, weight, index, bias, out], n, width, rows, even=rows % 4 == 0)
+    return out
+
+
+def grad_x(dz: Tensor, weight: Tensor, index: Tensor, width: int) -> Tensor:
+    """dx (N, ``width``) in the type of ``dz`` (N, L)."""
+    n, rows = dz.shape
+    cut = _cut("grad_x", dz.device, n, width)
+    dz = dz.contiguous()
+    sums = torch.empty(cut.ranges, width, cut.rows, dtype=torch.float32, device=dz.device)
+    _launch("grad_x", cut, [dz, weight, index, sums], n, width, rows, even=rows % 4 == 0 and dz.data_ptr() % 8 == 0)
+    dx = torch.empty(n, width, dtype=dz.dtype, device=dz.device)
+    gather(dx, sums, 1.0, add=False)
+    return dx
+
+
+def _cut(op: Op, device: torch.device, n: int, width: int) -> Slabs:
+    _, processors, shared = _device(device.index or 0)
+    count = parts(op, n, width, shared)
+    slabs = -(-n // (PART * count))
+    return Slabs(count, slabs, max(1, processors // slabs))
+
+
+def _launch(op: Op, cut: Slabs, tensors: list[Tensor], n: int, width: int, rows: int, even: bool) -> None:
+    """``tensors`` as the kernel takes them; ``even``: rows of logits are aligned, see load_four in slab_linear.cu."""
+    x, weight, index, *rest = tensors
+    groups, size, fan_in = weight.shape
+    weight, index = _aligned(weight), _aligned(index if index.dtype == torch.int16 else index.to(torch.int16))
+    warps = 8 if op == "forward" and size % 32 == 0 else 12  # as many as have the registers that they need
+    values = "float" if weight.dtype == torch.float32 else "unsigned short"
+    flags = [str(flag).lower() for flag in (x.dtype == torch.bfloat16, even)]
+    name = f"slab_{op}<{flags[0]}, {values}, {width}, {fan_in}, {size}, {cut.parts}, {warps}, {flags[1]}>"
+    device = x.device.index or 0
+    with torch.cuda.device(device):
+        _kernel(device, name)(
+            (cut.slabs * cut.ranges, 1, 1), (32 * warps, 1, 1),
+            [x, weight, index, *rest, n, groups, groups * size - rows, cut.slabs, cut.ranges],
+            width * PART * cut.parts * BYTES[op],
+        )  # fmt: skip
+
+
+@functools.cache
+def _kernel(device: int, name: str) -> Any:
+    """The kernel of that name, compiled for the GPU (the current device) and loaded there."""
+    source = Path(__file__).with_name("slab_linear.cu").read_text()
+    kernel = torch.cuda._compile_kernel(source, name, nvcc_options=["--std=c++17"])  # type: ignore[attr-defined]
+    kernel.set_shared_memory_config(_device(device)[2])
+    return kernel
+
+
+@functools.cache
+def _compiles() -> bool:
+    """Whether torch can compile here: it needs NVIDIA's runtime compiler, and setuptools. Says once why not."""
+    try:
+        torch.cuda._compile_kernel('extern "C" __global__ void nothing() {}', "nothing")  # type: ignore[attr-defined]
+    except Exception as error:  # whatever a missing library, or another version of torch, raises
+        warnings.warn(f"slower kernels serve the group-shared layer, for torch compiles no CUDA here: {error}", stacklevel=2)
+        return False
+    return True
+
+
+@functools.cache
+def _device(index: int) -> tuple[tuple[int, int], int, int]:
+    """Capability, multiprocessors, and bytes of shared memory for a slab."""
+    of = torch.cuda.get_device_properties(index)
+    shared = of.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return (of.major, of.minor), of.multi_processor_count, shared - BESIDE
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """``tensor`` without gaps, at an address of a multiple of 16."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
