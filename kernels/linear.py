@@ -6,7 +6,8 @@ Three operations of ``torch.ops.haste``. The form <dz, z> is linear in x, in W a
 all can be differentiated, as often as one likes. A label of its own is a group of one (G = 1).
 
 Types: the result and dx have the type of x, dW that of W, the biases' gradient is float32. The GPU's kernels multiply in the type of x, to
-which W is rounded as it is read, and sum in float32. Autocast casts x alone: W needs no copy, and its gradient is not rounded.
+which W is rounded as it is read, and sum in float32; a row that is not finite may spoil up to 15 rows beside it (slab_linear.py).
+Autocast casts x alone: W needs no copy, and its gradient is not rounded.
 
 Letters: N batch rows, D input features, L labels (output features), T groups, G labels a group, F fan-in; the last group may be padded.
 """
