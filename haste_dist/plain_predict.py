@@ -1,6 +1,8 @@
 """Ranks labels for texts with plain torch: python predict.py "a text" ... Needs torch, transformers, safetensors and pyarrow."""
 
+import hashlib
 import json
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -44,6 +46,22 @@ def main(folder: Path, texts: list[str], k: int = 5) -> None:
             print(f"  {score:.6f}  {names['label'][row]}  {names['text'][row]}")
 
 
+def damaged(folder: Path) -> str | None:
+    """The first file that is not as checksums.json has it, for when something went wrong; None: they all are."""
+    try:
+        records = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, LookupError):
+        return "checksums.json"
+    for name, record in records.items():
+        try:
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
+                    return str(name)
+        except OSError:
+            return str(name)
+    return None
+
+
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="a text to rank labels for; behind -- where it starts with a dash")
@@ -51,4 +69,11 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.k < 1:
         parser.error(f"argument -k: {args.k} is not at least 1")
-    main(Path(__file__).resolve().parent, args.texts, args.k)
+    here = Path(__file__).resolve().parent
+    try:
+        main(here, args.texts, args.k)
+    except Exception:  # whatever the libraries make of half a file
+        bad = damaged(here)
+        if bad is None:
+            raise
+        sys.exit(f"{here / bad}: missing or damaged; copy the exported folder again")

@@ -156,7 +156,6 @@ def _topk_head(part: Part, k: int) -> list[Tunable]:
 
 
 def _linear(part: Part, topic: str) -> list[Tunable]:
-    from haste_kernels import slab_linear
     from haste_kernels import triton_linear as kernels
 
     x, state = part.x_ND, part.state
@@ -176,7 +175,6 @@ def _linear(part: Part, topic: str) -> list[Tunable]:
     return [
         Tunable(f"linear_{op}", kernels.key(size, fan_in, x), kernels.default_config(op, size, fan_in, x), kernels.CONFIGS[op], calls[op])
         for op in names
-        if op == "grad_weight" or not slab_linear.serves(op, dz if op == "grad_x" else x, weight, x.shape[1])  # which have no tiles
     ]
 
 

@@ -92,6 +92,23 @@ def test_predict_py_calibrates_as_the_package_does(trained: Config, tmp_path: Pa
 
 
 @pytest.mark.parametrize("trained", TRAINED[:1], ids=["mean"], indirect=True)
+def test_predict_py_names_what_is_damaged(trained: Config, tmp_path: Path, warm_python: str) -> None:
+    whole = export(trained.run.folder, tmp_path / "whole", "last")
+    for number, name in enumerate(("model.json", "output.safetensors", "labels.arrow", "encoder/model.safetensors", "checksums.json")):
+        for rest in (None, 40):
+            out = shutil.copytree(whole, tmp_path / f"out{number}{rest}")
+            if rest is None:
+                (out / name).unlink()
+            else:
+                (out / name).write_bytes((out / name).read_bytes()[:rest])
+            plain = subprocess.run([warm_python, str(out / "predict.py"), TEXTS[0]], capture_output=True, text=True, check=False)
+            if name == "checksums.json":
+                assert plain.returncode == 0  # it is read only where something else is wrong
+            else:
+                assert (plain.returncode, plain.stderr) == (1, f"{out / name}: missing or damaged; copy the exported folder again\n")
+
+
+@pytest.mark.parametrize("trained", TRAINED[:1], ids=["mean"], indirect=True)
 def test_predict_py_tells_options_from_texts(trained: Config, tmp_path: Path) -> None:
     out = export(trained.run.folder, tmp_path / "out", "last")
 
