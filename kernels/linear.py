@@ -93,7 +93,7 @@ def _check(weight: Tensor, index: Tensor, rows: int, *others: Tensor | None) -> 
 
 
 def _fast(x: Tensor, weight: Tensor) -> types.ModuleType | None:
-    """The Triton launchers, if they can do it."""
+    """The GPU launchers, if they can do it."""
     if not use_triton(x):
         return None
     from haste_kernels import triton_linear

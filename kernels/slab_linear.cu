@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) slab_grad_x(
         for (int b = lane; b < 32 * P; b += 32)
           if (first_batch + b < n) {
 #pragma unroll
-            for (int g = 0; g < G; g += 16) prefetch(dz + (first_batch + b) * rows + (i64)(group + 2 * WARPS) * G + g);
+            for (i64 label = (i64)(group + 2 * WARPS) * G, g = 0; g < G; g += 16)
+              if (label + g < rows) prefetch(dz + (first_batch + b) * rows + label + g);
           }
         for (int line = lane; line < G * F * (int)sizeof(V) / 128; line += 32)
           prefetch((const char*)(weight + (i64)(group + 2 * WARPS) * G * F) + 128 * line);

@@ -1,14 +1,14 @@
 """The group-shared layer's forward pass and gradient to x from shared memory, for NVIDIA GPUs from compute capability 9.0 on.
 
 A multiprocessor keeps all D features of some batch rows in its shared memory, and gathers and adds there. Triton cannot address shared
-memory by data, so the kernels are CUDA C++ (slab_linear.cu), compiled by torch's own compiler at a shape's first use, in half a second.
-dx is summed in float32, always in the same order: the same bits each time. A row that is not finite spoils up to 15 rows beside it.
+memory by data, so the kernels are CUDA C++ (slab_linear.cu), compiled at a shape's first use, in half a second: for a CUDA graph, use the
+shape once before it is recorded. dx is summed in float32, always in the same order: the same bits each time. A row that is not finite
+spoils up to 15 rows beside it.
 
 Letters: N batch rows, D features of x, T groups, G labels a group, F fan-in, L labels, P parts of 32 rows a slab.
 """
 
 import functools
-import warnings
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from haste_kernels import nvrtc
 from haste_kernels.triton_dx import gather
 
 Op = Literal["forward", "grad_x"]
@@ -24,7 +25,6 @@ BYTES: dict[Op, int] = {"forward": 2, "grad_x": 4}  # of a value in the slab
 PARTS: dict[Op, tuple[int, ...]] = {"forward": (4, 2, 1), "grad_x": (2, 1)}  # the more, the less is read again
 FAN_INS, LARGEST_GROUP = (16, 32, 64, 128), 128
 CAPABILITY = (9, 0)
-BESIDE = 1024  # bytes of shared memory that a program needs beside its slab
 # Below these, filling and emptying slabs took as long as the other kernels took in all. Larger groups have few additions to dx.
 WORTH: dict[Op, int] = {"forward": 1 << 26, "grad_x": 1 << 20}  # logits, and batch rows times groups
 LARGEST_ADDED = 32  # labels a group
@@ -55,8 +55,9 @@ def takes(op: Op, x: Tensor, weight: Tensor, width: int) -> bool:
         return False
     if size % 16 or size > LARGEST_GROUP or fan_in not in FAN_INS or weight.dtype not in (x.dtype, torch.float32):
         return False
-    capability, _, shared = _device(x.device.index or 0)
-    return capability >= CAPABILITY and parts(op, len(x), width, shared) > 0 and _compiles()
+    device = x.device.index or 0
+    capability, _, shared = _device(device)
+    return capability >= CAPABILITY and parts(op, len(x), width, shared) > 0 and nvrtc.available(device)
 
 
 def serves(op: Op, x: Tensor, weight: Tensor, width: int) -> bool:
@@ -85,7 +86,8 @@ def grad_x(dz: Tensor, weight: Tensor, index: Tensor, width: int) -> Tensor:
     sums = torch.empty(cut.ranges, width, cut.rows, dtype=torch.float32, device=dz.device)
     _launch("grad_x", cut, [dz, weight, index, sums], n, width, rows, even=rows % 4 == 0 and dz.data_ptr() % 8 == 0)
     dx = torch.empty(n, width, dtype=dz.dtype, device=dz.device)
-    gather(dx, sums, 1.0, add=False)
+    with torch.cuda.device_of(dz):
+        gather(dx, sums, 1.0, add=False)
     return dx
 
 
@@ -106,8 +108,10 @@ def _launch(op: Op, cut: Slabs, tensors: list[Tensor], n: int, width: int, rows:
     flags = [str(flag).lower() for flag in (x.dtype == torch.bfloat16, even)]
     name = f"slab_{op}<{flags[0]}, {values}, {width}, {fan_in}, {size}, {cut.parts}, {warps}, {flags[1]}>"
     device = x.device.index or 0
+    kernel = _kernel(device, name)
     with torch.cuda.device(device):
-        _kernel(device, name)(
+        torch.cuda.set_device(device)  # binds the GPU's context to a thread that has not used it yet, such as autograd's
+        kernel(
             (cut.slabs * cut.ranges, 1, 1), (32 * warps, 1, 1),
             [x, weight, index, *rest, n, groups, groups * size - rows, cut.slabs, cut.ranges],
             width * PART * cut.parts * BYTES[op],
@@ -116,30 +120,14 @@ def _launch(op: Op, cut: Slabs, tensors: list[Tensor], n: int, width: int, rows:
 
 @functools.cache
 def _kernel(device: int, name: str) -> Any:
-    """The kernel of that name, compiled for the GPU (the current device) and loaded there."""
-    source = Path(__file__).with_name("slab_linear.cu").read_text()
-    kernel = torch.cuda._compile_kernel(source, name, nvcc_options=["--std=c++17"])  # type: ignore[attr-defined]
-    kernel.set_shared_memory_config(_device(device)[2])
-    return kernel
-
-
-@functools.cache
-def _compiles() -> bool:
-    """Whether torch can compile here: it needs NVIDIA's runtime compiler, and setuptools. Says once why not."""
-    try:
-        torch.cuda._compile_kernel('extern "C" __global__ void nothing() {}', "nothing")  # type: ignore[attr-defined]
-    except Exception as error:  # whatever a missing library, or another version of torch, raises
-        warnings.warn(f"slower kernels serve the group-shared layer, for torch compiles no CUDA here: {error}", stacklevel=2)
-        return False
-    return True
+    return nvrtc.load(Path(__file__).with_name("slab_linear.cu").read_text(), name, device)
 
 
 @functools.cache
 def _device(index: int) -> tuple[tuple[int, int], int, int]:
     """Capability, multiprocessors, and bytes of shared memory for a slab."""
     of = torch.cuda.get_device_properties(index)
-    shared = of.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return (of.major, of.minor), of.multi_processor_count, shared - BESIDE
+    return (of.major, of.minor), of.multi_processor_count, nvrtc.shared_memory(index)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
     z_NL[:, group] = x_DN[index]^T W^T + b       dx_DN[index] += W^T dz^T       dW = dz^T x_DN[index]^T
 
 x is transposed once, so that a gathered feature is one run of batch values; dx is summed so too, in float32, by the cache's atomic
-additions. In half precision all have faster kernels: large ones on newer GPUs in slab_linear.cu, else two in gluon_linear.py. Labels of
-their own (G = 1) have others in triton_fan_in.py.
+additions. In half precision the forward pass and dW have faster kernels in gluon_linear.py; on newer GPUs large forward passes and
+gradients to x go to slab_linear.py. Labels of their own (G = 1) have others in triton_fan_in.py.
 
 Letters: N batch rows, B of them a tile, D input features, T groups, G labels a group, S groups a program, F fan-in, L labels.
 """

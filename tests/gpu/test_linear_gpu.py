@@ -1,5 +1,6 @@
 """Sparse linear layers on a GPU: half precision against float64 and plain torch, every choice of tiles, large offsets, torch.compile."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_every_choice_of_tiles_gives_the_same(op: str, size: int) -> None:
         (129, 904, 2000, 128, 112),
     ],
 )
-@pytest.mark.parametrize(("dtype", "weight"), [(BF16, BF16), (FP16, FP16), (BF16, FP32)])
+@pytest.mark.parametrize(("dtype", "weight"), [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32)])
 def test_kernels_on_slabs(n: int, width: int, rows: int, fan_in: int, size: int, dtype: torch.dtype, weight: torch.dtype) -> None:
     given = make(n, width, rows, fan_in, size, dtype, weight)
     x, w, index, bias, dz = (given[name] for name in ("x", "weight", "index", "bias", "dz"))
@@ -140,6 +141,35 @@ def test_kernels_on_slabs(n: int, width: int, rows: int, fan_in: int, size: int,
     assert float((z.double() - dense(given, torch.float64)[0]).norm()) < 0.01 * float(z.double().norm())
     strange = torch.empty(n, rows + 3, dtype=dtype, device=CUDA)[:, 3:].copy_(dz)  # neither whole nor aligned
     assert torch.equal(dx, slab_linear.grad_x(strange, w, index, width))
+    shifted = torch.empty(w.numel() + 1, dtype=weight, device=CUDA)[1:].view_as(w).copy_(w)
+    assert torch.equal(dx, slab_linear.grad_x(dz, shifted, index.long(), width))
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < slab_linear.CAPABILITY, reason="an older GPU")
+def test_slabs_through_autograd_in_other_threads() -> None:
+    given = make(512, 384, 160_000, 64, 16, BF16, BF16)
+    x, w, index, dz = given["x"].requires_grad_(), given["weight"].requires_grad_(), given["index"], given["dz"]
+    assert slab_linear.serves("forward", x, w, 384)
+    assert slab_linear.serves("grad_x", dz, w, 384)
+    exact = dense(given, torch.float64)
+    found: list[tuple[Tensor, ...]] = []
+
+    def work() -> None:
+        z = group_shared_linear(x, w, index, given["bias"], dz.shape[1])
+        found.append((z, *torch.autograd.grad(z, (x, w), dz)))
+
+    torch.use_deterministic_algorithms(True)  # slabs serve all the same
+    try:
+        for _ in range(2):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(found) == 2
+    for mine, again, truth in zip(*found, exact[:3], strict=True):
+        assert torch.equal(mine, again)
+        assert float((mine.double() - truth).norm() / truth.norm()) < 0.005
 
 
 def test_slabs_serve_where_they_pay() -> None:
