@@ -106,6 +106,11 @@ def test_predict_py_names_what_is_damaged(trained: Config, tmp_path: Path, warm_
                 assert plain.returncode == 0  # it is read only where something else is wrong
             else:
                 assert (plain.returncode, plain.stderr) == (1, f"{out / name}: missing or damaged; copy the exported folder again\n")
+    edited = (whole / "predict.py").read_text().replace("    import torch\n", "    import torch\n    raise RuntimeError('my own')\n")
+    (whole / "predict.py").write_text(edited)  # its user's mistakes stay tracebacks
+    plain = subprocess.run([warm_python, str(whole / "predict.py"), TEXTS[0]], capture_output=True, text=True, check=False)
+    assert plain.stderr.startswith("Traceback ")
+    assert plain.stderr.endswith("RuntimeError: my own\n")
 
 
 @pytest.mark.parametrize("trained", TRAINED[:1], ids=["mean"], indirect=True)
