@@ -60,22 +60,22 @@ def compiled(nvrtc: ctypes.CDLL, source: str, name: str, architecture: str) -> t
         check(nvrtc.nvrtcAddNameExpression(program, name.encode()))
         options = [option.encode() for option in (f"--gpu-architecture={architecture}", *OPTIONS)]
         if nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
-            raise RuntimeError(
-                f"{name}: {_text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors='replace').rstrip(chr(0))}"
-            )
+            log = _made(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+            raise RuntimeError(f"{name}: {log.rstrip(bytes(1)).decode(errors='replace')}")
         symbol = ctypes.c_char_p()
         check(nvrtc.nvrtcGetLoweredName(program, name.encode(), ctypes.byref(symbol)))
-        return _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), (symbol.value or b"").decode()
+        return _made(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), (symbol.value or b"").decode()
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _text(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:
+def _made(size_of: Any, get: Any, program: ctypes.c_void_p) -> bytes:
+    """What the compiler made, by its two functions for it."""
     size = ctypes.c_size_t()
     size_of(program, ctypes.byref(size))
-    text = ctypes.create_string_buffer(size.value)
-    get(program, text)
-    return text.raw
+    made = ctypes.create_string_buffer(size.value)
+    get(program, made)
+    return made.raw
 
 
 def library() -> ctypes.CDLL:

@@ -38,10 +38,9 @@ def _collect(
     d = tl.program_id(1) * B + tl.arange(0, B)
     inside = (d < width)[:, None] & (batch < n)[None, :]
     total = tl.zeros((B, B), tl.float32)
+    at = d[:, None].to(tl.int64) * stride + batch[None, :]
     for copy in range(copies):
-        total += tl.load(parts + copy * copy_stride + d[:, None].to(tl.int64) * stride + batch[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
+        total += tl.load(parts + copy * copy_stride + at, mask=inside, other=0.0).to(tl.float32)
     out = dx + batch[:, None].to(tl.int64) * width + d[None, :]
     total = tl.trans(total) * scale
     if ADD:
