@@ -55,12 +55,13 @@ __device__ __forceinline__ u32 pack(float low, float high) {
 // ---- Turns: warp by warp, round by round
 
 template <int WARPS>
-__device__ __forceinline__ void start_turns(u64* turns, int parts) {
-  for (int i = threadIdx.x; i < parts * WARPS; i += WARPS * 32) {
-    u32 bar = shared_address(turns + i);
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
-    if (i % WARPS == 0) asm volatile("{.reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0];}" ::"r"(bar) : "memory");
-  }
+__device__ __forceinline__ void start_turns(u64* turns, int parts) {  // before a __syncthreads
+  for (int i = threadIdx.x; i < parts * WARPS; i += blockDim.x)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(turns + i)) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u64* turn) {
+  asm volatile("{.reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0];}" ::"r"(shared_address(turn)) : "memory");
 }
 
 __device__ __forceinline__ void await_turn(u64* turn, u32 phase) {
@@ -72,7 +73,7 @@ __device__ __forceinline__ void await_turn(u64* turn, u32 phase) {
 
 __device__ __forceinline__ void pass_turn(u64* turn) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) asm volatile("{.reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0];}" ::"r"(shared_address(turn)) : "memory");
+  if (threadIdx.x % 32 == 0) arrive(turn);
 }
 
 // ---- Loads and stores
@@ -144,6 +145,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) slab_grad_x(
   start_turns<WARPS>(turns, P);
   for (int i = threadIdx.x; i < P * D * 8; i += WARPS * 32) store_shared(base + i * 16, make_uint4(0, 0, 0, 0));
   __syncthreads();
+  if (threadIdx.x < P) arrive(turns + threadIdx.x * WARPS);  // the first warp's
   u32 phase = 0, words[F / 16];
   auto fetch = [&](int group) { load_run<BF16, F / 8>(words, (const unsigned short*)index + (i64)group * F + F / 8 * r); };
   auto load_weights = [&](u32 (&to)[4][TILES], int group, int block, int section) {
@@ -194,8 +196,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) slab_grad_x(
             for (i64 label = (i64)(group + 2 * WARPS) * G, g = 0; g < G; g += 16)
               if (label + g < rows) prefetch(dz + (first_batch + b) * rows + label + g);
           }
-        for (int line = lane; line < G * F * (int)sizeof(V) / 128; line += 32)
-          prefetch((const char*)(weight + (i64)(group + 2 * WARPS) * G * F) + 128 * line);
+        if (G == 16)  // more weights would be in the way
+          for (int line = lane; line < G * F * (int)sizeof(V) / 128; line += 32)
+            prefetch((const char*)(weight + (i64)(group + 2 * WARPS) * G * F) + 128 * line);
       }
     }
 #pragma unroll

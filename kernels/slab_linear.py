@@ -27,7 +27,7 @@ FAN_INS, LARGEST_GROUP = (16, 32, 64, 128), 128
 CAPABILITY = (9, 0)
 # Below these, filling and emptying slabs took as long as the other kernels took in all. Larger groups have few additions to dx.
 WORTH: dict[Op, int] = {"forward": 1 << 26, "grad_x": 1 << 20}  # logits, and batch rows times groups
-LARGEST_ADDED = 32  # labels a group
+LARGEST_ADDED = 64  # labels a group
 
 
 class Slabs(NamedTuple):

@@ -1,6 +1,7 @@
-"""Launches every kernel on small ragged shapes; for compute-sanitizer, see test_sanitizer_gpu.py. Says how many launches that were."""
+"""Launches every kernel on small ragged shapes, or those that take turns; for compute-sanitizer, see test_sanitizer_gpu.py. Says which."""
 
 import itertools
+import sys
 from dataclasses import replace
 
 import torch
@@ -109,6 +110,13 @@ def layers() -> None:
             slab_linear.grad_x(dz, tail.weight, tail.index, width)
 
 
+def turns() -> None:
+    """Kernels whose warps add in turns, with several groups for each warp."""
+    x_ND, tail = normal(N, 2 * WIDTH, dtype=BF16), tail_state(16, 64, BF16, None, True, 1600, 2 * WIDTH)
+    if slab_linear.takes("grad_x", x_ND, tail.weight, 2 * WIDTH):
+        slab_linear.grad_x(normal(N, tail.rows, dtype=BF16), tail.weight, tail.index, 2 * WIDTH)
+
+
 def encoders() -> None:
     """A transformer's layer and the embeddings before it: every tile of attention, with and without padding and dropout."""
     seed = torch.tensor([2**40 + 3], device=CUDA)
@@ -130,7 +138,7 @@ def encoders() -> None:
         torch.autograd.backward((z_MC, r_MH), (torch.randn_like(z_MC), torch.randn_like(r_MH)))
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     launched: set[str] = set()
     run = triton.JITFunction.run
 
@@ -142,11 +150,11 @@ def main() -> None:
     launch = slab_linear._launch
     slab_linear._launch = lambda op, *rest, **named: launched.add(f"slab_linear.slab_{op}") or launch(op, *rest, **named)
     torch.manual_seed(0)
-    for part in (tails, heads, best, layers, encoders):
+    for part in [turns] if names == ["turns"] else [tails, heads, best, layers, encoders]:
         part()
         torch.cuda.synchronize()
     print(f"{len(launched)} kernels:", *sorted(launched))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -17,18 +17,19 @@ if shutil.which("compute-sanitizer") is None:
 
 pytestmark = pytest.mark.gpu
 TOOLS = ("memcheck", "racecheck", "synccheck")
+# More than the tool finds by itself: barriers of shared memory are set up in a loop. Those that it does not follow it takes for none.
+OPTIONS = ("--error-exitcode", "9", "--print-limit", "5", "--num-cuda-barriers", "64")
 SCRIPT = Path(__file__).with_name("every_kernel.py")
 KERNELS = Path(__file__).parents[2] / "kernels"
 JIT = re.compile(r"^@(?:triton\.)?jit.*\ndef (\w+)\(\n    \w+,  # ", re.MULTILINE)  # a kernel's first argument is described beside it
 CUDA = re.compile(r"^__global__ .* (\w+)\($", re.MULTILINE)
 
 
-def start(*before: str) -> subprocess.Popen[str]:
+def start(*before: str, part: str = "") -> subprocess.Popen[str]:
     """The script, with every tensor an allocation of its own, so that its bounds are known."""
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return subprocess.Popen(
-        [*before, sys.executable, str(SCRIPT)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+    command = [*before, sys.executable, str(SCRIPT), *([part] if part else [])]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def test_every_kernel_is_clean() -> None:
@@ -40,7 +41,17 @@ def test_every_kernel_is_clean() -> None:
         known |= {f"{file.stem}.{name}" for file in KERNELS.glob("*.cu") for name in CUDA.findall(file.read_text())}
     assert known
     assert known <= set(told.split()), f"never launched: {known - set(told.split())}"
-    runs = {tool: start("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "5") for tool in TOOLS}
+    runs = {tool: start("compute-sanitizer", "--tool", tool, *OPTIONS) for tool in TOOLS}
     said = {tool: run.communicate(timeout=500)[0] for tool, run in runs.items()}
     wrong = [f"{tool}: {said[tool][-3000:]}" for tool, run in runs.items() if run.returncode != 0]
     assert not wrong, "\n\n".join(wrong)
+
+
+REPORTED = "sums that warps add in turns are reported as races, though they have the same bits each time (LOG.md, 2026-12-01)"
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "synccheck", pytest.param("racecheck", marks=pytest.mark.xfail(reason=REPORTED))])
+def test_turns_are_clean(tool: str) -> None:
+    run = start("compute-sanitizer", "--tool", tool, *OPTIONS, part="turns")
+    told = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, told[-3000:]
