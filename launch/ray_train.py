@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from haste_dist.world import World
 
 STOP_FILE = ".stop"
+RAY_FOLDER, RAY_MARKER = ".ray", ".validate_storage_marker"  # what Ray Train leaves in the run folder
 POLL_SECONDS = 0.25
 ECHO_SECONDS = 1.0  # a signal may come twice at once: to the process, and to its group
 
@@ -128,6 +129,9 @@ def run_ranks(config: Config, task: str, arguments: dict[str, Any]) -> int:
                 raise user_error(error) or error
         finally:
             stop.unlink(missing_ok=True)
+            (run / RAY_FOLDER / RAY_MARKER).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not there, or not empty
+                (run / RAY_FOLDER).rmdir()
     return asked[0] if asked else 0
 
 
@@ -150,7 +154,7 @@ def fit(config: Config, ranks: int, on_gpu: bool, payload: dict[str, Any], tick:
             num_workers=ranks, use_gpu=on_gpu, resources_per_worker={"GPU": 1} if on_gpu else {"CPU": min(1.0, cpus / ranks)}
         ),
         run_config=RunConfig(
-            name=".ray",
+            name=RAY_FOLDER,
             storage_path=config.run.folder,
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),  # type: ignore[call-arg]
         ),

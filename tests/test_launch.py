@@ -128,6 +128,7 @@ def test_ray_and_torchrun_run_the_same_loop(config: Config, tmp_path: Path, ray_
     assert pq.read_table(tmp_path / "p.parquet").num_rows == 48
     assert "precision" in capsys.readouterr().out
     assert (tmp_path / "ray" / "evaluate-test.json").is_file()
+    assert {path.name for path in (tmp_path / "ray").iterdir() if path.name.startswith(".")} <= {".lock"}
 
 
 @pytest.mark.slow
