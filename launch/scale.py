@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from haste_dist.config import Config
-from haste_dist.cost_model import FEWEST, FILE, CostModel, Load, Network, fit, kept_path, load_of_row
-from haste_dist.errors import ConfigError, Interrupted, OutOfMemory
+from haste_dist.cost_model import FEWEST, FILE, FREE, CostModel, Load, Network, fit, kept_path, load_model, load_of_row
+from haste_dist.errors import ConfigError, DataError, Interrupted, OutOfMemory
 from haste_dist.manifest import writable_folder
 from haste_dist.measure import Effort, device_name
 from haste_dist.records import stamp
@@ -115,14 +115,26 @@ def report(config: Config, words: Words) -> None:
         model = fit(mine, stamp())
         models.append(model)
         model.save(folder / (FILE if len(models) == 1 else f"cost_model-{len(models)}.json"))
-        model.save(kept_path(device))
         _print_model(console, model, load_of_row(mine[-1]), network)
-        console.print(f"{kept_path(device)}: the cost model that haste plan reads", soft_wrap=True)
+        console.print(_keep(model, folder / FILE), soft_wrap=True)
     console.print(str(folder / "study.parquet"), soft_wrap=True)
     if words.plot and measured(rows):
         from haste_launch.scale_plot import plot_study
 
         console.print(str(plot_study(folder, rows, models[0] if models else None)), soft_wrap=True)
+
+
+def _keep(model: CostModel, here: Path) -> str:
+    """Keeps the device's model for ``haste plan``, unless the kept one knows larger runs; returns what to say of it."""
+    path = kept_path(model.device)
+    try:
+        before = load_model(path)
+    except DataError:  # none, or of another version
+        before = model
+    if not all(model.ranges[name][1] >= before.ranges[name][1] for name in FREE):
+        return f"{path}: kept for haste plan, since it was measured on more labels or ranks; haste plan --model {here} reads this one"
+    model.save(path)
+    return f"{path}: the cost model that haste plan reads"
 
 
 def scaled(load: Load, labels: int, ranks: int) -> Load:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import run_ranks
 
 from haste_dist.config import Config, load_config
-from haste_dist.cost_model import load_model
+from haste_dist.cost_model import FREE, RANGED, CostModel, load_model
 from haste_dist.errors import ConfigError, DataError, OutOfMemory
 from haste_dist.measure import Effort, measure_points
 from haste_dist.runlog import read_events
@@ -285,6 +285,23 @@ def test_after_a_full_device_the_study_goes_on_with_the_next_point(tmp_path: Pat
     assert not scale._measure(config, points, LAW, words(), False, "cpu")
     assert asked == [[700, 1400, 2100], [2100]]
     assert [row["note"] for row in read_study(tmp_path)] == ["", "out of memory"]
+
+
+def test_a_small_study_leaves_the_model_of_a_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HASTE_CACHE", str(tmp_path))
+
+    def model(times: int) -> CostModel:
+        ranges = {name: [1.0, float(times if name in FREE else 1)] for name in RANGED}
+        return CostModel("cpu", {}, 0.1 * times, 4, ranges, {})
+
+    here, kept = tmp_path / "study" / "cost_model.json", tmp_path / "cost_model-cpu.json"
+    for times, stays in ((2, 2), (1, 2), (2, 2), (3, 3)):
+        said = scale._keep(model(times), here)
+        assert said == f"{kept}: the cost model that haste plan reads" if times == stays else f"haste plan --model {here}" in said
+        assert load_model(kept) == model(stays)
+    kept.write_text("{}")
+    scale._keep(model(1), here)
+    assert load_model(kept) == model(1)
 
 
 @pytest.mark.slow
