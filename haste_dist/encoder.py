@@ -22,6 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 from haste_dist.config import EncoderConfig
 from haste_dist.errors import ConfigError
 from haste_dist.fused_layers import fuse_layers, is_fused, spare_last_layer
+from haste_dist.hub import go_offline_if_unreachable
 from haste_dist.imports import no_collection
 from haste_kernels.encoder_ops import has_kernels
 
@@ -100,6 +101,8 @@ def resolve_name(name: str) -> str:
             raise ConfigError(f"encoder '{name}': there is no such folder")
         return str(folder)
     if not name.startswith("package:"):
+        if not Path(name).is_dir():
+            go_offline_if_unreachable()
         return name
     package, _, inside = name.removeprefix("package:").partition("/")
     try:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import check_resumed_and_shared, make_prepared, read_losses, train_all
 from transformers import AutoConfig, AutoModel
 
+from haste_dist import encoder, hub
 from haste_dist.config import EncoderConfig, load_config
 from haste_dist.encoder import WHOLE_MASK, Encoder, build_encoder, compile_blocks, load_tokenizer, model_config
 from haste_dist.errors import ConfigError, HasteError
@@ -230,6 +232,32 @@ def test_attention_kernels_that_are_missing_are_told(tmp_path: Path) -> None:
     config = make_prepared(tmp_path, overrides=["encoder.attention=flash"])
     with pytest.raises(ConfigError, match="flash-attn or a GPU for it is missing"):
         train(config, join_world("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("answers", "proxies", "offline"), [(True, {}, False), (False, {}, True), (False, {"https": "http://127.0.0.1:1"}, False)]
+)
+def test_a_hub_that_does_not_answer_is_asked_once(
+    answers: bool, proxies: dict[str, str], offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        if not answers:
+            server.close()
+        port = server.getsockname()[1] if answers else 1  # nobody listens there
+        monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: proxies)
+        hub.go_offline_if_unreachable.__wrapped__()
+        assert hub.constants.HF_HUB_OFFLINE is offline
+
+
+def test_a_folder_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(encoder, "go_offline_if_unreachable", lambda: asked.append(1))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    assert [encoder.resolve_name(name) for name in ("model", "bert-base-uncased")] == ["model", "bert-base-uncased"]
+    assert asked == [1]
 
 
 def test_adapters_that_cannot_be_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
