@@ -57,6 +57,10 @@ def add_labels(config: Config, run: Path, name: str, neighbours: int) -> int:
 
     Ray must be running. Raises ConfigError, DataError or CheckpointError; ``run`` is only read.
     """
+    if load_label_order(run).groups == 0:
+        raise ConfigError(
+            f"{run}: has no tail (all its labels are in the dense head) that new labels could join; train a run on the grown data instead"
+        )
     found = np.zeros((0, 0), np.int64)
 
     def order(config: Config, folder: Path, manifest: Manifest) -> None:
@@ -153,8 +157,6 @@ def _place(vectors: Tensor, old: LabelOrder, labels: int, seed: int, device: tor
 def _check_labels(run: Path, old: LabelOrder, folder: Path, table: pa.Table) -> None:
     if len(table) <= old.labels:
         raise ConfigError(f"{folder}: has {len(table):,} labels, the run {run} has {old.labels:,} already; put the new ones behind the old")
-    if old.groups == 0:
-        raise ConfigError(f"{run}: has no tail (output.head_fraction=1) that new labels could join; train a run on the grown data instead")
     for at, texts in text_parts(read_arrow(run / LABELS_FILE, ORDER_SCHEMA)["text"], old.row_of_label):
         same = pc.equal(texts, table["text"][at]).to_numpy()
         if not same.all():

@@ -362,11 +362,15 @@ def cohesion_report(order: LabelOrder, closeness: pa.RecordBatch | None) -> dict
 def earlier_groups(start: str | Path, uids: pa.ChunkedArray) -> np.ndarray:
     """(K, G) int64: the tail groups of the prepared folder ``start``, as labels that have the same uid in ``uids`` now, -1 for none.
 
-    Raises DataError where ``start`` is no prepared folder.
+    Raises DataError where ``start`` is no prepared folder, and where uids come twice.
     """
     order = load_label_order(start)
     then = read_arrow(Path(start) / LABEL_TEXTS, LABEL_SCHEMA)["uid"]
     wide = pa.large_string()  # all uids in one table may be more than a string array holds
+    if pc.count_distinct(uids).as_py() < len(uids):
+        raise DataError(
+            "groups.start: labels have the same uid here, so groups cannot be carried over by uid; make uids distinct, or leave it out"
+        )
     now = pc.index_in(then.cast(wide), value_set=uids.cast(wide)).fill_null(-1).to_numpy().astype(np.int64)
     tail = order.label_of_row[order.head_rows :]
     return np.where(tail >= 0, now[tail], -1).reshape(-1, order.group_size)

@@ -36,6 +36,7 @@ class Plan:
     labels: int | None
     rows_per_shard: int
     fingerprint: str
+    suffix: str = ""  # of the names of shards
 
 
 BLOCK_SCHEMA = pa.schema(
@@ -148,10 +149,10 @@ def _write_task(batch: pa.Table, plan: Plan, rules: str) -> pa.Table:
 
 
 def _write_block(plan: Plan, part: Part, block: Block, rules: str) -> dict[str, Any]:
-    page = read_page(plan.folder, part.split, block.number, plan.fingerprint)
+    page = read_page(plan.folder, part.split, block.number, plan.fingerprint, plan.suffix)
     fresh = page is None
     if page is None:
-        page, rows = make_shard(plan.folder, part, block, plan.labels, rules, plan.fingerprint)
+        page, rows = make_shard(plan.folder, part, block, plan.labels, rules, plan.fingerprint, plan.suffix)
     elif page.shard.rows:
         rows = read_shard(plan.folder, page.shard)
     else:

@@ -73,6 +73,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.k < 1:
         parser.error(f"argument -k: {args.k} is not at least 1")
+    if not all(text.strip() for text in args.texts):
+        parser.error("a text is empty; give it some words")
     here = Path(__file__).resolve().parent
     try:
         main(here, args.texts, args.k)

@@ -42,12 +42,12 @@ from haste_dist.mirror import ORDER_FILES, TABLES, copy_folder, fetch, publish
 from haste_dist.pipeline import Plan, run
 from haste_dist.rows import Problem
 from haste_dist.sealed import CHECKSUMS, seal_data
-from haste_dist.shards import is_intact, read_page, read_shard, shard_sums, write_shard
+from haste_dist.shards import is_intact, page_name, read_page, read_shard, shard_sums, write_shard
 from haste_dist.sources import SPLITS, Source, count_labels, detect_format, find_source
 from haste_dist.storage import Location, whole_address
 from haste_dist.tokens import tokenizer_rules
 
-OURS = re.compile(r"\d{5,}\.(arrow|json)|\..*\.part")  # names that prepare gives to files of a split
+OURS = re.compile(r"\d{5,}(-[0-9a-f]{8})?\.(arrow|json)|\..*\.part")  # names that prepare gives to files of a split
 REPORT_SECONDS = 5.0  # between progress lines where there is no terminal
 
 
@@ -83,7 +83,8 @@ def prepare(config: Config, order: Callable[[Config, Path, Manifest], None] | No
     rules = tokenizer_rules(tokenizer.backend_tokenizer, data.max_length, side)
     manifest = _complete(folder, work, fingerprint, stop)
     if manifest is None:
-        _clear(folder, work)
+        suffix = _suffix(folder, work, fingerprint)
+        _clear(folder, work, ())
         labels = count_labels(source, stop)
         parts = []
         for split, files in source.splits.items():
@@ -91,9 +92,11 @@ def prepare(config: Config, order: Callable[[Config, Path, Manifest], None] | No
             if not found:
                 raise DataError(f"{files[0]}: no texts; put the {split} texts there")
             parts += found
-        plan = Plan(tuple(parts), folder, labels, data.rows_per_shard, fingerprint)
+        plan = Plan(tuple(parts), folder, labels, data.rows_per_shard, fingerprint, suffix)
         manifest = Manifest(origin, 0, data.max_length, record, {}, fingerprint=fingerprint)
         in_splits, written = _convert(plan, rules, data.workers, stop, work)
+        _check_splits(source, plan, in_splits, manifest)
+        _clear(folder, work, (MANIFEST, *TABLES, *ORDER_FILES, CHECKSUMS))  # not before: what the folder held stays good until then
         _finish(source, plan, in_splits, stop, data.limit, work, manifest)
     written += _label_texts(config, folder, work, manifest, rules)
     _remove_leftovers(folder, manifest)
@@ -150,15 +153,25 @@ def _update(folder: Location, work: Path) -> None:
         fetch(folder, work, keep=() if (folder / ORDER_FILES[-1]).is_file() else ORDER_FILES)
 
 
-def _clear(folder: Location, work: Path) -> None:
-    """Removes what an earlier run left beside its shards, the manifest first. Shards are told from stale ones by their pages."""
+def _suffix(folder: Location, work: Path, fingerprint: str) -> str:
+    """Of the names of shards: none, unless the folder holds shards of other files or settings, which stay until these are whole."""
+    mine = f"-{fingerprint[:8]}"
+    try:
+        other = read_manifest(work).fingerprint != fingerprint
+    except DataError:
+        other = False
+    return mine if other or any((folder / page_name(split, 0, mine)).is_file() for split in SPLITS) else ""
+
+
+def _clear(folder: Location, work: Path, names: tuple[str, ...]) -> None:
+    """Makes the folder and removes what an earlier run left beside its shards, which are told from stale ones by their pages."""
     try:
         work.mkdir(parents=True, exist_ok=True)
-        for name in (MANIFEST, *TABLES, *ORDER_FILES, CHECKSUMS):
+        for name in names:
             (work / name).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{error.filename or work}: cannot be made or replaced ({error.strerror}); check data.prepared") from None
-    publish(work, folder, (MANIFEST, *TABLES, *ORDER_FILES, CHECKSUMS))
+    publish(work, folder, names)
 
 
 def _remove_leftovers(folder: Location, manifest: Manifest) -> None:
@@ -237,7 +250,7 @@ def _check_all_arrived(plan: Plan, name: str, split: Found) -> None:
 def _drop_repeated(plan: Plan, name: str, split: Found, repeated: dict[int, np.ndarray], stop: bool) -> None:
     """Writes shards again without the rows whose uid stands in an earlier shard."""
     for number, rows in repeated.items():
-        page = read_page(plan.folder, name, number, plan.fingerprint)
+        page = read_page(plan.folder, name, number, plan.fingerprint, plan.suffix)
         if page is None:
             raise DataError(f"{plan.folder / split.tally.shards[number].file}: changed while prepare ran; run haste prepare again")
         batch = read_shard(plan.folder, page.shard)
@@ -255,23 +268,30 @@ def _problems(plan: Plan, found: dict[str, Found]) -> Iterator[Problem]:
     """Every bad row, in order, from the pages beside the shards."""
     for name, split in found.items():
         for number in sorted(split.first_problem):
-            page = read_page(plan.folder, name, number, plan.fingerprint)
+            page = read_page(plan.folder, name, number, plan.fingerprint, plan.suffix)
             if page is None:
                 raise DataError(f"{plan.folder / split.tally.shards[number].file}: changed while prepare ran; run haste prepare again")
             yield from page.problems
         yield from split.broken
 
 
-def _finish(source: Source, plan: Plan, found: dict[str, Found], stop: bool, limit: int, work: Path, manifest: Manifest) -> None:
-    """Sums, label texts, filters, quarantine; then the manifest, last."""
+def _check_splits(source: Source, plan: Plan, found: dict[str, Found], manifest: Manifest) -> None:
+    """Writes the splits' sums into ``manifest``. Raises DataError where a split has no texts, or no labels."""
     for name, split in found.items():
         manifest.splits[name] = split.tally.split()
-        if not manifest.splits[name].rows:
+        rows, positives = manifest.splits[name].rows, manifest.splits[name].positives
+        if not rows:
             count = sum(1 for _ in _problems(plan, {name: split}))
             bad = f" that can be used ({count} bad ones)" if count else ""
             raise DataError(f"{source.splits[name][0]}: no texts{bad}; put the {name} texts there")
-    if manifest.splits["train"].positives == 0:
-        raise DataError(f"{source.splits['train'][-1]}: no training labels: all {manifest.splits['train'].rows} texts have none; add them")
+        if not positives:
+            what = "training" if name == "train" else name
+            other = "" if name == "train" else ", or take the file away and set data.dev_fraction to evaluate on held-out training texts"
+            raise DataError(f"{source.splits[name][-1]}: no {what} labels: all {rows} texts have none; add them{other}")
+
+
+def _finish(source: Source, plan: Plan, found: dict[str, Found], stop: bool, limit: int, work: Path, manifest: Manifest) -> None:
+    """Label texts, filters, quarantine; then the manifest, last."""
     highest = max(split.tally.highest() for split in found.values())
     manifest.labels = highest + 1 if plan.labels is None else plan.labels
 

@@ -47,18 +47,18 @@ class ShardPage:
         return batch.filter(pa.array(keep)), in_order([*self.problems, *found])
 
 
-def shard_name(split: str, number: int) -> str:
+def shard_name(split: str, number: int, suffix: str) -> str:
     """The shard's place in the prepared folder."""
-    return f"{split}/{number:05d}.arrow"
+    return f"{split}/{number:05d}{suffix}.arrow"
 
 
-def page_name(split: str, number: int) -> str:
-    return f"{split}/{number:05d}.json"
+def page_name(split: str, number: int, suffix: str) -> str:
+    return f"{split}/{number:05d}{suffix}.json"
 
 
-def read_page(folder: Location, split: str, number: int, fingerprint: str) -> ShardPage | None:
+def read_page(folder: Location, split: str, number: int, fingerprint: str, suffix: str) -> ShardPage | None:
     """The page of a shard that is whole and was made with the same ``fingerprint``, else None."""
-    place = folder / page_name(split, number)
+    place = folder / page_name(split, number, suffix)
     if not place.is_file():
         return None
     try:
@@ -80,7 +80,7 @@ def is_intact(folder: Location, shard: Shard) -> bool:
 
 
 def make_shard(
-    folder: Location, part: Part, block: Block, labels: int | None, rules: str, fingerprint: str
+    folder: Location, part: Part, block: Block, labels: int | None, rules: str, fingerprint: str, suffix: str
 ) -> tuple[ShardPage, pa.RecordBatch]:
     """Parses, checks and tokenises a block, and writes page and shard. Returns the page and the shard's rows."""
     rows, problems = good_rows(part, block, labels)
@@ -99,7 +99,7 @@ def make_shard(
         pa.array([row.labels for row in rows], SHARD_SCHEMA.field("labels").type),
     ]
     batch = pa.record_batch(columns, schema=SHARD_SCHEMA)
-    shard = Shard(shard_name(part.split, block.number), 0, 0, "")
+    shard = Shard(shard_name(part.split, block.number, suffix), 0, 0, "")
     page = ShardPage(shard, fingerprint, part.files[0].name, block.first_row, block.first_line, in_order(problems))
     return write_shard(folder, page, batch), batch
 

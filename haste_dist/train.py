@@ -21,7 +21,7 @@ from haste_dist.collectives import StopVote, barrier
 from haste_dist.config import Config
 from haste_dist.determinism import make_deterministic
 from haste_dist.engine import EncoderEngine
-from haste_dist.errors import CheckpointError
+from haste_dist.errors import CheckpointError, ConfigError
 from haste_dist.evaluate import evaluate_texts
 from haste_dist.guards import Guard, LossSpikes, dead_groups
 from haste_dist.held_out import trained_split
@@ -62,6 +62,14 @@ def train(config: Config, world: World, wants_stop: Callable[[], bool] = lambda:
         return Training(config, split_world(world, config.launch.label_parallel, config.launch.timeout)).run(wants_stop)
 
 
+def _check_end(run: Path, step: int, last: int, changed: list[str]) -> None:
+    """Raises ConfigError where fewer epochs are asked for than a run has. One that is finished has nothing to do, on other ranks too."""
+    if step > last and any(one.startswith("train.epochs=") for one in changed):
+        raise ConfigError(
+            f"{run}: is at step {step:,} already, these settings end at {last:,}; raise train.epochs, or choose another run.folder"
+        )
+
+
 class Training:
     """A run's parts on this rank, new or as its newest checkpoint left them, and what the loop does with them."""
 
@@ -95,6 +103,8 @@ class Training:
         elif config.output.start == "centroids":
             start_from_centroids(self.classifier, prepared)
         changed = changed_settings(run, config) if start is not None and world.is_first else []
+        with same_error(world):
+            _check_end(run, self.state.step, self.plan.last, changed)
         if world.is_first:  # now that all fits: a run that is refused stays as it was
             save_run_files(run, config, encoder, prepared.folder)
         barrier(world)

@@ -59,9 +59,9 @@ def evaluate(args: Namespace) -> int:
     from haste_launch.ray_train import evaluate as evaluate_ranks
 
     if args.predictions:
-        check_output(args.predictions)
         if not args.predictions.endswith(".parquet"):
             raise ConfigError(f"{args.predictions}: an evaluation's predictions are written as .parquet")
+        check_output(args.predictions)
     scored: str = args.predictions or str(Path(args.run) / ".scored.parquet")
     status = evaluate_ranks(settings, args.checkpoint, scored if args.predictions or args.calibrate else None)
     file = Path(args.run) / f"evaluate-{settings.evaluate.split}.json"

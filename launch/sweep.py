@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from haste_dist.config import Config, load_config
-from haste_dist.errors import HasteError, Interrupted
-from haste_dist.manifest import writable_folder
+from haste_dist.errors import ConfigError, DataError, HasteError, Interrupted
+from haste_dist.manifest import read_manifest, writable_folder
+from haste_dist.mirror import local_copy
 from haste_dist.runlog import read_events
+from haste_dist.sources import find_source
 from haste_launch.ray_session import ray_session
 from haste_launch.ray_train import absolute_paths, run_ranks
 from haste_launch.sweep_space import Varied, combinations, needs_prepare, read_varied
@@ -52,6 +54,8 @@ def sweep(args: Namespace) -> int:
     total = args.trials or combinations(varied) or TRIALS
     trials = read_trials(out / STATE)
     config = load_config(args.config, args.overrides)
+    if needs_prepare(varied, config.data.dev_fraction):
+        check_source(config)
     try:
         with ray_session(config):
             while (trial := next_trial(trials, varied, total, config.run.seed)) is not None:
@@ -66,6 +70,19 @@ def sweep(args: Namespace) -> int:
         if any(trial.value is not None for trial in trials):
             report(trials, varied, out, config.train.metric)
     return 0
+
+
+def check_source(config: Config) -> None:
+    """Raises ConfigError where the prepared folder was made of other files than ``data.source`` names: trials would prepare those."""
+    try:
+        made_of = read_manifest(local_copy(config.data.prepared)).source.get("files", [])
+    except DataError:  # there is none, which no trial needs
+        return
+    if {(file["name"], file["bytes"]) for file in made_of} != {(file.name, file.size()) for file in find_source(config.data).files()}:
+        raise ConfigError(
+            f"data.source={config.data.source}: data.prepared={config.data.prepared} was made of other files; "
+            "name its own, for with these settings each trial prepares data of its own"
+        )
 
 
 def next_trial(trials: list[Trial], varied: list[Varied], total: int, seed: int) -> Trial | None:

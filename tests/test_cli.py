@@ -294,8 +294,9 @@ def test_evaluate_prints_what_the_ranks_wrote(tmp_path: Path, monkeypatch: pytes
     assert "50.00" in printed
     assert "10.0 times" in printed
     assert "evaluate-dev.json" in printed
-    assert cli.main(["evaluate", str(tmp_path), "--predictions", str(tmp_path / "p.jsonl")]) == 2
-    assert "are written as .parquet" in capsys.readouterr().err
+    for suffix in ("jsonl", "csv"):
+        assert cli.main(["evaluate", str(tmp_path), "--predictions", str(tmp_path / f"p.{suffix}")]) == 2
+        assert "are written as .parquet" in capsys.readouterr().err
 
 
 def test_datasets_build_says_where_and_how_large(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,7 +128,12 @@ def test_predict_py_tells_options_from_texts(trained: Config, tmp_path: Path) ->
     status, told, error = plain("--help")
     assert (status, error) == (0, "")
     assert told.startswith("usage: predict.py ")
-    for words, problem in (((), "required: TEXT"), (("-k", "0", "a text"), "-k: 0 is not at least 1"), (("-k", "3"), "required: TEXT")):
+    for words, problem in (
+        ((), "required: TEXT"),
+        (("-k", "0", "a text"), "-k: 0 is not at least 1"),
+        (("-k", "3"), "required: TEXT"),
+        (("w1", " "), "is empty"),
+    ):
         status, told, error = plain(*words)
         assert (status, told) == (2, "")
         assert error.startswith("usage: predict.py ")

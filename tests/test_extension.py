@@ -191,6 +191,11 @@ def test_what_cannot_be_added_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
         grow(config, tmp_path / "new/source", titles)
         with pytest.raises(error, match=said):
             add_labels(grown_config(config, tmp_path / "new"), run, "best", 4)
+    headed = make_prepared(tmp_path / "headed", labels=OLD, overrides=["train.max_steps=2", "output.head_fraction=1"])
+    train(headed, join_world("cpu"))
+    with pytest.raises(ConfigError, match=r"has no tail \(all its labels are in the dense head\)"):
+        add_labels(grown_config(headed, tmp_path / "never"), Path(headed.run.folder), "best", 4)  # before anything is prepared
+    assert not (tmp_path / "never").exists()
     manifest_only = grow(config, tmp_path / "same/source", [word(label) for label in range(OLD)])
     rows = [line for line in (manifest_only / "trn.json").read_bytes().splitlines() if b'"new' not in line]
     write_lines(manifest_only / "trn.json", rows)

@@ -119,6 +119,11 @@ def test_groups_of_an_earlier_order_stay_together(prepared: Config, tmp_path: Pa
     assert (start[-1] < 0).any()  # the last group was padded, so it was no whole one
 
 
+def test_uids_that_come_twice_carry_no_groups_over(prepared: Config) -> None:
+    with pytest.raises(DataError, match=r"groups.start: labels have the same uid here"):
+        earlier_groups(prepared.data.prepared, pa.chunked_array([["l1", "l2", "l1"]]))
+
+
 def test_only_some_uids_are_still_there(prepared: Config) -> None:
     start = earlier_groups(prepared.data.prepared, pa.chunked_array([["l100", "other"]]))
     assert sorted(start[start >= 0].tolist()) == [0]

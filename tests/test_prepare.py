@@ -143,7 +143,7 @@ class TestWithRay:
         assert [s.rows for s in manifest.splits["train"].shards] == [16, 4]
         assert manifest.splits["test"].rows == len(TEST)
         assert max(map(len, open_split(folder, manifest, "train")["input_ids"].to_pylist())) == 5
-        assert sorted(path.name for path in (folder / "train").iterdir()) == ["00000.arrow", "00001.arrow"]
+        assert sorted(path.name for path in (folder / "train").iterdir()) == [Path(s.file).name for s in manifest.splits["train"].shards]
         write_lines(tmp_path / "source/trn.json", json_lines(TRAIN[:-1]))
         assert prepare(configure()).splits["train"].rows == len(TRAIN) - 1
 
@@ -231,6 +231,26 @@ prepare(load_config(None, ["data.source={config.data.source}", "data.prepared={c
         with pytest.raises(DataError, match=r"lbl.json:4: not valid JSON"):
             prepare(configure())
 
+    @pytest.mark.parametrize("bad", [b"{", b'{"uid": "t0", "title": "again", "target_ind": [1]}'])
+    def test_bad_input_leaves_what_was_prepared(self, bad: bytes, tmp_path: Path, configure: Configure) -> None:
+        source = write_source(tmp_path / "source", "jsonl", TRAIN, TEST, LABELS)
+        folder = tmp_path / "prepared"
+        prepare(configure())
+        (folder / "groups.json").write_text("the order")
+        before = contents(folder)
+        write_lines(source / "trn.json", [*json_lines(TRAIN), bad])
+        with pytest.raises(DataError, match=r"trn.json:51: "):
+            prepare(configure())
+        assert {name: data for name, data in contents(folder).items() if name in before} == before
+        assert open_split(folder, read_manifest(folder), "train").num_rows == len(TRAIN)
+        write_lines(source / "trn.json", json_lines(TRAIN[:40]))
+        manifest = prepare(configure())
+        assert open_split(folder, manifest, "train").num_rows == 40
+        assert len(list((folder / "train").iterdir())) == len(manifest.splits["train"].shards)
+        once = contents(folder)
+        prepare(configure())  # all is there
+        assert contents(folder) == once
+
     def test_input_that_no_setting_can_use(self, tmp_path: Path, configure: Configure) -> None:
         source = write_source(tmp_path / "source", "jsonl", [(uid, text, []) for uid, text, _ in TRAIN], TEST, LABELS)
         with pytest.raises(DataError, match=r"trn.json: no training labels: all 50 texts have none; add them"):
@@ -238,6 +258,9 @@ prepare(load_config(None, ["data.source={config.data.source}", "data.prepared={c
         write_lines(source / "trn.json", [b"{", b"}"])
         with pytest.raises(DataError, match=r"trn.json: no texts that can be used \(2 bad ones\)"):
             prepare(configure("data.on_error=quarantine"))
+        write_source(tmp_path / "hidden", "jsonl", TRAIN, [(uid, text, []) for uid, text, _ in TEST], LABELS)
+        with pytest.raises(DataError, match=r"tst.json: no test labels: all 12 texts have none; add them, or take the file away and set "):
+            prepare(configure(f"data.source={tmp_path}/hidden"))
         write_source(tmp_path / "tables", "parquet", TRAIN, [], LABELS)
         with pytest.raises(DataError, match=r"test.parquet: no texts; put the test texts there"):
             prepare(configure(f"data.source={tmp_path}/tables"))

@@ -1,11 +1,13 @@
 """haste sweep: what varies, what is tried next, what is kept, and how it goes on."""
 
+import contextlib
 import csv
 import json
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from raw_sources import write_source
 from tiny import make_prepared
 
 from haste_dist.config import Config, save_config
@@ -81,8 +83,6 @@ def test_the_search_goes_where_it_is_good_and_can_be_repeated() -> None:
 @pytest.fixture
 def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
     """A sweep over a real config whose trials are made up: value = output.lr, failing over 3."""
-    import contextlib
-
     config = make_prepared(tmp_path)
     save_config(config, tmp_path / "c.yaml")
     monkeypatch.setattr(module, "ray_session", lambda _: contextlib.nullcontext())
@@ -96,6 +96,20 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
     monkeypatch.setattr(module, "train_trial", train_trial)
     words = ["sweep", str(tmp_path / "c.yaml"), "--vary", "output.lr=1,2,3,4", "--out", str(tmp_path / "out")]
     return cli.parse(words)
+
+
+def test_a_sweep_over_data_prepares_what_its_folder_was_made_of(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path)
+    page = Path(config.data.prepared) / "manifest.json"
+    source = write_source(tmp_path / "source", "jsonl", [("a", "w1", [0])], [("b", "w2", [0])], 1)
+    config.data.source = str(source)
+    files = [{"name": file.name, "bytes": file.stat().st_size} for file in source.iterdir()]
+    for made_of, fits in ((files, True), ([*files[1:], {**files[0], "bytes": 1}], False)):
+        page.write_text(json.dumps({**json.loads(page.read_text()), "source": {"format": "jsonl", "files": made_of}}))
+        with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="was made of other files"):
+            module.check_source(config)
+    config.data.prepared = str(tmp_path / "nowhere")
+    module.check_source(config)
 
 
 def test_a_sweep_ranks_its_trials(args: Namespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

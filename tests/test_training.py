@@ -256,6 +256,19 @@ def test_a_refused_command_leaves_a_run_as_it_was(tmp_path: Path) -> None:
         check_run(other)  # before ranks start
 
 
+def test_fewer_epochs_than_a_run_has_are_refused(tmp_path: Path) -> None:
+    config = make_prepared(tmp_path, overrides=["train.epochs=2"])
+    train(config, join_world("cpu"))
+    page = (Path(config.run.folder) / "config.yaml").read_bytes()
+    train(config, join_world("cpu"))  # nothing to do
+    fewer = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1.0))
+    with pytest.raises(ConfigError, match=r"is at step \d+ already, these settings end at \d+; raise train.epochs, or choose another"):
+        train(fewer, join_world("cpu"))
+    assert (Path(config.run.folder) / "config.yaml").read_bytes() == page
+    larger = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=4 * config.train.batch_size))
+    assert train(larger, join_world("cpu")).reason == "finished"  # fewer steps by then, no fewer epochs
+
+
 def test_a_run_that_goes_on_with_other_settings_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make_prepared(tmp_path, overrides=["train.max_steps=3"])
     for words in ({}, {"batch_size": 8}, {}):
