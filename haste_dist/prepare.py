@@ -96,7 +96,6 @@ def prepare(config: Config, order: Callable[[Config, Path, Manifest], None] | No
         manifest = Manifest(origin, 0, data.max_length, record, {}, fingerprint=fingerprint)
         in_splits, written = _convert(plan, rules, data.workers, stop, work)
         _check_splits(source, plan, in_splits, manifest)
-        _clear(folder, work, (MANIFEST, *TABLES, *ORDER_FILES, CHECKSUMS))  # not before: what the folder held stays good until then
         _finish(source, plan, in_splits, stop, data.limit, work, manifest)
     written += _label_texts(config, folder, work, manifest, rules)
     _remove_leftovers(folder, manifest)
@@ -159,8 +158,8 @@ def _suffix(folder: Location, work: Path, fingerprint: str) -> str:
     try:
         other = read_manifest(work).fingerprint != fingerprint
     except DataError:
-        other = False
-    return mine if other or any((folder / page_name(split, 0, mine)).is_file() for split in SPLITS) else ""
+        other = (folder / page_name("train", 0, mine)).is_file()
+    return mine if other else ""
 
 
 def _clear(folder: Location, work: Path, names: tuple[str, ...]) -> None:
@@ -279,34 +278,35 @@ def _check_splits(source: Source, plan: Plan, found: dict[str, Found], manifest:
     """Writes the splits' sums into ``manifest``. Raises DataError where a split has no texts, or no labels."""
     for name, split in found.items():
         manifest.splits[name] = split.tally.split()
-        rows, positives = manifest.splits[name].rows, manifest.splits[name].positives
-        if not rows:
+        if not (rows := manifest.splits[name].rows):
             count = sum(1 for _ in _problems(plan, {name: split}))
             bad = f" that can be used ({count} bad ones)" if count else ""
             raise DataError(f"{source.splits[name][0]}: no texts{bad}; put the {name} texts there")
-        if not positives:
-            what = "training" if name == "train" else name
+        if not manifest.splits[name].positives:
             other = "" if name == "train" else ", or take the file away and set data.dev_fraction to evaluate on held-out training texts"
-            raise DataError(f"{source.splits[name][-1]}: no {what} labels: all {rows} texts have none; add them{other}")
+            raise DataError(f"{source.splits[name][-1]}: all {rows} texts have no label; add labels{other}")
 
 
 def _finish(source: Source, plan: Plan, found: dict[str, Found], stop: bool, limit: int, work: Path, manifest: Manifest) -> None:
     """Label texts, filters, quarantine; then the manifest, last."""
     highest = max(split.tally.highest() for split in found.values())
     manifest.labels = highest + 1 if plan.labels is None else plan.labels
-
     frequency = found["train"].tally.counts(manifest.labels)
     in_test = found["test"].tally.counts(manifest.labels) if "test" in found else np.zeros_like(frequency)
     manifest.unseen_test_labels = int(np.count_nonzero((in_test > 0) & (frequency == 0)))
     manifest.unseen_test_positives = int(in_test[frequency == 0].sum())
-    manifest.labels_without_text, problems = tables.write_label_texts(work, source, frequency)
-    for name in source.filters:
-        dropped = np.array(sorted(p.number for p in _problems(plan, {name: found[name]}) if p.number >= 0), np.int64)
-        problems += tables.write_filter(work, source, name, manifest, dropped, limited=name == "train" and limit > 0)
-        manifest.filters.append(name)
-    if stop and problems:
-        raise problems[0].error()
-    manifest.quarantined = tables.write_quarantine(work, (p for some in (sorted(problems), _problems(plan, found)) for p in some))
+    with tables.aside(work) as fresh:
+        manifest.labels_without_text, problems = tables.write_label_texts(fresh, source, frequency)
+        for name in source.filters:
+            dropped = np.array(sorted(p.number for p in _problems(plan, {name: found[name]}) if p.number >= 0), np.int64)
+            problems += tables.write_filter(fresh, source, name, manifest, dropped, limited=name == "train" and limit > 0)
+            manifest.filters.append(name)
+        if stop and problems:
+            raise problems[0].error()
+        manifest.quarantined = tables.write_quarantine(fresh, (p for some in (sorted(problems), _problems(plan, found)) for p in some))
+        _clear(plan.folder, work, (MANIFEST, *TABLES, *ORDER_FILES, CHECKSUMS))  # not before: what the folder held stays good until then
+        for file in fresh.iterdir():
+            file.replace(work / file.name)
     write_manifest(work, manifest)
     publish(work, plan.folder, (*TABLES, MANIFEST))
 

@@ -4,7 +4,9 @@ Each is streamed: memory grows with the number of labels and of bad lines, not w
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,18 @@ class Tally:
         counts = np.zeros(labels, np.int64)
         counts[: len(self.frequency)] = self.frequency[:labels]
         return counts
+
+
+@contextmanager
+def aside(folder: Path) -> Iterator[Path]:
+    """A folder inside for tables that are not yet to be seen; it goes with what is left in it."""
+    fresh = folder / ".tables"
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir()
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def write_label_texts(folder: Path, source: Source, frequency: np.ndarray) -> tuple[int, list[Problem]]:

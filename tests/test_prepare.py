@@ -231,18 +231,25 @@ prepare(load_config(None, ["data.source={config.data.source}", "data.prepared={c
         with pytest.raises(DataError, match=r"lbl.json:4: not valid JSON"):
             prepare(configure())
 
-    @pytest.mark.parametrize("bad", [b"{", b'{"uid": "t0", "title": "again", "target_ind": [1]}'])
-    def test_bad_input_leaves_what_was_prepared(self, bad: bytes, tmp_path: Path, configure: Configure) -> None:
+    @pytest.mark.parametrize(
+        ("file", "bad"),
+        [("trn.json", b"{"), ("trn.json", b'{"uid": "t0", "title": "again", "target_ind": [1]}'), ("lbl.json", b"{"), ("filter", b"x")],
+    )
+    def test_bad_input_leaves_what_was_prepared(self, file: str, bad: bytes, tmp_path: Path, configure: Configure) -> None:
         source = write_source(tmp_path / "source", "jsonl", TRAIN, TEST, LABELS)
         folder = tmp_path / "prepared"
         prepare(configure())
         (folder / "groups.json").write_text("the order")
         before = contents(folder)
-        write_lines(source / "trn.json", [*json_lines(TRAIN), bad])
-        with pytest.raises(DataError, match=r"trn.json:51: "):
+        path = source / ("filter_labels_test.txt" if file == "filter" else file)
+        good = path.read_bytes().splitlines() if path.exists() else []
+        write_lines(path, [*good, bad])
+        with pytest.raises(DataError, match=rf"{path.name}:{len(good) + 1}: "):
             prepare(configure())
+        assert not (folder / ".tables").exists()
         assert {name: data for name, data in contents(folder).items() if name in before} == before
         assert open_split(folder, read_manifest(folder), "train").num_rows == len(TRAIN)
+        write_lines(path, good)
         write_lines(source / "trn.json", json_lines(TRAIN[:40]))
         manifest = prepare(configure())
         assert open_split(folder, manifest, "train").num_rows == 40
@@ -253,13 +260,13 @@ prepare(load_config(None, ["data.source={config.data.source}", "data.prepared={c
 
     def test_input_that_no_setting_can_use(self, tmp_path: Path, configure: Configure) -> None:
         source = write_source(tmp_path / "source", "jsonl", [(uid, text, []) for uid, text, _ in TRAIN], TEST, LABELS)
-        with pytest.raises(DataError, match=r"trn.json: no training labels: all 50 texts have none; add them"):
+        with pytest.raises(DataError, match=r"trn.json: all 50 texts have no label; add labels"):
             prepare(configure("data.on_error=quarantine"))
         write_lines(source / "trn.json", [b"{", b"}"])
         with pytest.raises(DataError, match=r"trn.json: no texts that can be used \(2 bad ones\)"):
             prepare(configure("data.on_error=quarantine"))
         write_source(tmp_path / "hidden", "jsonl", TRAIN, [(uid, text, []) for uid, text, _ in TEST], LABELS)
-        with pytest.raises(DataError, match=r"tst.json: no test labels: all 12 texts have none; add them, or take the file away and set "):
+        with pytest.raises(DataError, match=r"tst.json: all 12 texts have no label; add labels, or take the file away and set "):
             prepare(configure(f"data.source={tmp_path}/hidden"))
         write_source(tmp_path / "tables", "parquet", TRAIN, [], LABELS)
         with pytest.raises(DataError, match=r"test.parquet: no texts; put the test texts there"):
