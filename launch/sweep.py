@@ -54,7 +54,7 @@ def sweep(args: Namespace) -> int:
     total = args.trials or combinations(varied) or TRIALS
     trials = read_trials(out / STATE)
     config = load_config(args.config, args.overrides)
-    if needs_prepare(varied, config.data.dev_fraction):
+    if needs_prepare(varied, config.data.dev_fraction) and all(one.name != "data.source" for one in varied):
         check_source(config)
     try:
         with ray_session(config):
@@ -76,7 +76,7 @@ def check_source(config: Config) -> None:
     """Raises ConfigError where the prepared folder was made of other files than ``data.source`` names: trials would prepare those."""
     try:
         made_of = read_manifest(local_copy(config.data.prepared)).source.get("files", [])
-    except DataError:  # there is none, which no trial needs
+    except (ConfigError, DataError):  # there is none, which no trial needs
         return
     if {(file["name"], file["bytes"]) for file in made_of} != {(file.name, file.size()) for file in find_source(config.data).files()}:
         raise ConfigError(

@@ -108,8 +108,9 @@ def test_a_sweep_over_data_prepares_what_its_folder_was_made_of(tmp_path: Path) 
         page.write_text(json.dumps({**json.loads(page.read_text()), "source": {"format": "jsonl", "files": made_of}}))
         with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="was made of other files"):
             module.check_source(config)
-    config.data.prepared = str(tmp_path / "nowhere")
-    module.check_source(config)
+    for none in (str(tmp_path / "nowhere"), ""):
+        config.data.prepared = none
+        module.check_source(config)
 
 
 def test_a_sweep_ranks_its_trials(args: Namespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
