@@ -69,11 +69,10 @@ class Tally:
 
 @contextmanager
 def aside(folder: Path) -> Iterator[Path]:
-    """A folder inside for tables that are not yet to be seen; it goes with what is left in it."""
+    """A folder inside for tables that are not yet to be seen, which the first of them makes; it goes with what is left in it."""
     fresh = folder / ".tables"
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        fresh.mkdir()
         yield fresh
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -114,9 +114,10 @@ def report(config: Config, words: Words) -> None:
             continue
         model = fit(mine, stamp())
         models.append(model)
-        model.save(folder / (FILE if len(models) == 1 else f"cost_model-{len(models)}.json"))
+        here = folder / (FILE if len(models) == 1 else f"cost_model-{len(models)}.json")
+        model.save(here)
         _print_model(console, model, load_of_row(mine[-1]), network)
-        console.print(_keep(model, folder / FILE), soft_wrap=True)
+        console.print(_keep(model, here), soft_wrap=True)
     console.print(str(folder / "study.parquet"), soft_wrap=True)
     if words.plot and measured(rows):
         from haste_launch.scale_plot import plot_study
