@@ -29,7 +29,7 @@ HALF = 2  # bytes of bfloat16
 # Numbers of the kernels, which cannot be imported where Triton is not installed; tests/test_memory.py compares them.
 TILE = 64  # most batch rows of a tile
 RUN, COPIES_BYTES, SCRATCH_BYTES = 128, 24 << 20, 256 << 20  # triton_dx.py: float16 copies of dx, the deterministic mode
-HEAD_BYTES, HEAD_ROWS = 64 << 20, 128  # triton_head.py: a chunk's dz, most rows of a tile
+HEAD_BYTES, HEAD_ROWS, HEAD_BESIDE = 64 << 20, 128, 64  # triton_head.py: a chunk's dz, most rows of a tile, least texts beside
 TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN = 128 << 20, 4096, 16, 256  # triton_topk.py: block maxima of a chunk
 ROUNDING = 22  # update.py and rounding.py: of each weight, where it is rounded at random by plain torch
 PLAIN_BYTES = {"cuda": 1 << 30, "cpu": 8 << 20}  # chunks.py: a chunk of plain torch
@@ -207,7 +207,7 @@ def _head_workspace(cuda: bool, n: int, rows: int, width: int, weight: int, x_by
     r = min(most, rows)
     operand = 0 if item == weight else item * r * width  # weights are cast where they are not of x's type
     parts = 4 * n * width * (2 if rows > most else 1)  # dx of a chunk beside the sum
-    return parts + operand + r * (item * n + 4 * -(-n // 32)) + 4 * rows // 32
+    return parts + operand + r * (item * n + 4 * -(-n // HEAD_BESIDE))  # dz, its sums over tiles
 
 
 def _tail_workspace(config: Config, cuda: bool, n: int, groups: int, width: int, weight: int, x_bytes: int) -> int:

@@ -18,6 +18,14 @@ ROW_POSITIVES = tl.constexpr(4)  # of a row, looked at together
 
 
 @triton.jit
+def matrix_tile(matrix, first_row, first_column, rows, columns, R: tl.constexpr, C: tl.constexpr):
+    """(R, C) of a (rows, columns) matrix without gaps, 0 beyond it."""
+    row, column = first_row + tl.arange(0, R), first_column + tl.arange(0, C)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(matrix + row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def random_halves(row, block, step, seed_low, seed_high, STREAM: tl.constexpr):
     """(R, C / 8, 2, 2, 2) uint32 of 16 random bits for global ``row`` (R, 1) int64 and each ``block`` (1, C / 8) of eight columns.
 

@@ -104,11 +104,18 @@ def _head_step(part: Part, head: HeadState) -> list[Tunable]:
     from haste_kernels import triton_head as kernels
     from haste_kernels.products import operand_dtype
 
-    def call(config: Any) -> Any:
-        return kernels.head_step(part.x_ND, part.positives, head, TIMED, config=config)
+    def gradient(config: Any) -> Any:
+        return kernels.head_step(part.x_ND, part.positives, head, TIMED, gradient=config)
 
-    default = kernels.default_config(operand_dtype(part.x_ND, head.weight))
-    return [Tunable("head_step", kernels.key(part.x_ND, head), default, kernels.CANDIDATES, call)]
+    def update(config: Any) -> Any:
+        return kernels.head_step(part.x_ND, part.positives, head, TIMED, update=config)
+
+    key = kernels.key(part.x_ND, head)
+    one, two = kernels.default_tiles(operand_dtype(part.x_ND, head.weight))
+    return [
+        Tunable("head_gradient", key, one, kernels.CANDIDATES, gradient),
+        Tunable("head_update", key, two, kernels.CANDIDATES, update),
+    ]
 
 
 def _tail_step(part: Part, tail: TailState) -> list[Tunable]:

@@ -21,6 +21,7 @@ from haste_dist.live_bytes import LiveBytes
 from haste_dist.memory import (
     COPIES_BYTES,
     GIB,
+    HEAD_BESIDE,
     HEAD_BYTES,
     HEAD_ROWS,
     PLAIN_BYTES,
@@ -61,8 +62,10 @@ def test_the_plan_knows_the_kernels_numbers() -> None:
     from haste_kernels import triton_topk as topk
 
     assert (dx.RUN, dx.COPIES_BYTES, dx.SCRATCH_BYTES) == (RUN, COPIES_BYTES, SCRATCH_BYTES)
-    assert (head.CHUNK_BYTES, head.MOST_ROWS) == (HEAD_BYTES, HEAD_ROWS)
-    assert max(tiles.rows for tiles in (head.HALF, head.FLOAT, *head.CANDIDATES)) == HEAD_ROWS
+    assert (head.CHUNK_BYTES, head.MOST_ROWS, head.LEAST_BESIDE) == (HEAD_BYTES, HEAD_ROWS, HEAD_BESIDE)
+    for tiles in (head.FLOAT, *head.CANDIDATES):
+        assert HEAD_ROWS % tiles.rows == 0
+        assert tiles.beside >= HEAD_BESIDE
     assert (topk.CHUNK_BYTES, topk.CHUNK_SPANS, topk.LIST, maxima.SPAN) == (TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN)
 
 

@@ -21,7 +21,7 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     made = [line.split() for line in done.stdout.splitlines()]
     for weight in ("bfloat16", "float8"):
         names = {name for name, kind, *_ in made if kind == weight}
-        assert {"_tail_step", "_collect", "_gradient", "_update", "_mark", "_tail_maxima", "_head_maxima", "_choose"} <= names
+        assert {"_tail_step", "_collect", "_gradient", "_correct", "_update", "_tail_maxima", "_head_maxima", "_choose"} <= names
     encoder = {f"_{name}_{way}" for name in ("attention", "embed", "norm", "gelu") for way in ("forward", "backward")}
     assert {name for name, kind, *_ in made if kind == "encoder"} == encoder | {"_sum_rows", "_sum_ids", "_join_edges"}
     assert all(int(shared) <= 227 << 10 for *_, shared in made)

@@ -189,7 +189,7 @@ def test_padding_beyond_the_last_group_is_refused():
         tail_step(torch.randn(5, 50), make_positives(16, 5, 0.0), tail, ARGS)
 
 
-HEADS = [(300, 100, 37, 0.01, "bce", True, True), (130, 72, 16, 1.0, "squared_hinge", True, False), (3, 65, 50, 0.0, "bce", False, True)]
+HEADS = [(300, 100, 137, 0.01, "bce", True, True), (130, 72, 16, 1.0, "squared_hinge", True, False), (3, 65, 50, 0.0, "bce", False, True)]
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 48 << 20])
@@ -210,6 +210,16 @@ def test_head_step_is_the_reference(case, chunk_bytes, monkeypatch):
     truth = copy.deepcopy(head)
     dx, value = head_step(x_ND, positives, head, args, want_loss=True)
     compare(dx, value, head, *reference.head_step(x_ND, positives, truth, args), truth)
+
+
+def test_a_pair_of_the_head_that_stands_twice_counts_once():
+    torch.manual_seed(0)
+    head = HeadState(torch.randn(43, 50), None, torch.randn(43), None, FIRST_ROW)
+    once, x_ND, other = make_positives(43, 40, 0.3), torch.randn(40, 50), copy.deepcopy(head)
+    twice = Positives(once.batch.repeat_interleave(2), once.row.repeat_interleave(2))
+    wanted, got = head_step(x_ND, once, head, ARGS, want_loss=True), head_step(x_ND, twice, other, ARGS, want_loss=True)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(other.bias, head.bias)
 
 
 def test_the_table_has_every_group_size_and_its_tiles_fit_small_batches():
