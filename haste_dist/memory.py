@@ -29,6 +29,8 @@ HALF = 2  # bytes of bfloat16
 # Numbers of the kernels, which cannot be imported where Triton is not installed; tests/test_memory.py compares them.
 TILE = 64  # most batch rows of a tile
 RUN, COPIES_BYTES, SCRATCH_BYTES = 128, 24 << 20, 256 << 20  # triton_dx.py: float16 copies of dx, the deterministic mode
+SLABS_BYTES = 39 << 20  # slab_tail.py: dx and the ring of all programs, one a multiprocessor of an H100's or H200's 132
+SLABS_LEAST, SLABS_MOST = 192, ((394, 1024), (788, 512))  # batch rows that are too few for it; features, and batch rows that fit
 HEAD_BYTES, HEAD_ROWS, HEAD_BESIDE = 64 << 20, 128, 64  # triton_head.py: a chunk's dz, most rows of a tile, least texts beside
 TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN = 128 << 20, 4096, 16, 256  # triton_topk.py: block maxima of a chunk
 ROUNDING = 22  # update.py and rounding.py: of each weight, where it is rounded at random by plain torch
@@ -222,13 +224,16 @@ def _tail_workspace(config: Config, cuda: bool, n: int, groups: int, width: int,
         return _chunk("cuda" if cuda else "cpu", groups, each, used) + 12 * n * width
     padded = -(-n // TILE) * TILE
     fixed = padded * width * (HALF if half else 4) + 4 * n * width + 16 * groups + 4 * groups  # x transposed, dx, bounds, loss
+    fits = half and weight == HALF and (g, f) == (16, 64) and any(width <= d and n <= most for d, most in SLABS_MOST)
+    slabs = SLABS_BYTES if fits else 0
     if config.output.deterministic:
         slots = min(max(1, SCRATCH_BYTES // (4 * f * padded)), groups) * f
-        return fixed + 4 * width * padded + 4 * slots * padded + 28 * slots
+        return fixed + max(slabs, 4 * width * padded + 4 * slots * padded + 28 * slots)  # older GPUs have no slabs
     if not (half and config.output.half_sums):
         return fixed + 4 * width * padded
     needed = -(-groups * f // (width * RUN))
-    return fixed + max(1, min(needed, COPIES_BYTES // (2 * width * padded))) * 2 * width * padded
+    copies = max(1, min(needed, COPIES_BYTES // (2 * width * padded))) * 2 * width * padded
+    return fixed + (max(copies, slabs) if n > SLABS_LEAST else copies)
 
 
 def _chunk(device: str, count: int, allowed: int, used: int) -> int:

@@ -4,6 +4,7 @@ Starting Ray is mostly waiting for its processes: what this process has to impor
 
 Whoever ends a command may send SIGTERM to all of its process group (`timeout`, Slurm, systemd), which would end Ray's servers and with
 them the ranks before they have saved. So Ray's processes are started with SIGTERM blocked, as Ray itself starts them with SIGINT blocked.
+In this process Ray would answer SIGTERM with a trace of its own; here it interrupts as Ctrl-C does.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import select
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from haste_dist.config import Config
@@ -42,26 +43,37 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
         return
     address = config.launch.address or os.environ.get("RAY_ADDRESS", "")
     servers: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     threading.Thread(target=import_ahead, args=(meanwhile,), name="imports").start()
-    if address:
-        try:
-            _check_that_something_listens(address)
-            ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"launch.address: no Ray cluster at '{address}' ({str(error).splitlines()[0]}); "
-                "name another, or none to start Ray on this machine (launch.address= without RAY_ADDRESS)"
-            ) from None
-    else:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains the nodes of such a cluster
-        servers = _start_twice(config, quiet)
     try:
-        yield
+        if address:
+            try:
+                _check_that_something_listens(address)
+                ray.init(address=address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"launch.address: no Ray cluster at '{address}' ({str(error).splitlines()[0]}); "
+                    "name another, or none to start Ray on this machine (launch.address= without RAY_ADDRESS)"
+                ) from None
+        else:
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains the nodes of such a cluster
+            servers = _start_twice(config, quiet)
+        try:
+            _heed_sigterm(signal.default_int_handler)
+            yield
+        finally:
+            if servers:  # not where a cluster was joined: it goes on
+                _end_with_raylet(servers)
+            ray.shutdown()
     finally:
-        if servers:  # not where a cluster was joined: it goes on
-            _end_with_raylet(servers)
-        ray.shutdown()
+        _heed_sigterm(before)
+
+
+def _heed_sigterm(handler: Any) -> None:
+    """Sets what SIGTERM does, where Python lets: in the main thread; None stands for a handler that is not Python's and stays."""
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _check_that_something_listens(address: str) -> None:
@@ -79,6 +91,7 @@ def _start_twice(config: Config, quiet: dict[str, Any]) -> list[int]:
     Returns the ids of its servers."""
     import ray
 
+    servers: list[int] = []
     for last in (False, True):
         try:
             # With RAY_AUTH_MODE unset Ray turns token authentication on for a new cluster.
@@ -91,10 +104,14 @@ def _start_twice(config: Config, quiet: dict[str, Any]) -> list[int]:
                     _node_ip_address="127.0.0.1",
                     **quiet,
                 )
+                _heed_sigterm(signal.default_int_handler)  # before one that came meanwhile is let in
             break
-        except Exception:
+        except BaseException as error:
+            _end_at_once(servers)  # a raylet that is not up yet ends nothing itself
             ray.shutdown()
-            if last:
+            if isinstance(error, SystemExit):  # Ray's answer to a SIGTERM that came before it was up
+                raise KeyboardInterrupt from None
+            if last or not isinstance(error, Exception):
                 raise
     return servers
 
@@ -111,8 +128,8 @@ def _sheltered_children() -> Iterator[list[int]]:
     try:
         yield started
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         started.extend(_children("self") - before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)  # a signal that came meanwhile is heeded here
 
 
 def _children(process: int | str) -> set[int]:
@@ -130,16 +147,36 @@ def _end_with_raylet(servers: list[int]) -> None:
 
     Left alone Ray would give each a second to heed a SIGTERM that it does not hear, and the raylet's children would look for it.
     """
-    handles: dict[int, bool] = {}  # of a process, not of an id that another one may get; whether it is the raylet
-    for pid in [*servers, *(child for server in servers for child in _children(server))]:
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as name:
-            handles[os.pidfd_open(pid)] = name.read().strip() == "raylet"
+    handles = _handles(servers)
+    raylets = [handle for handle, name in handles.items() if name == "raylet"]
 
     def end() -> None:
-        select.select([handle for handle, is_raylet in handles.items() if is_raylet], [], [], SHUTDOWN_SECONDS)
-        for handle in handles:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
-            os.close(handle)
+        select.select(raylets, [], [], SHUTDOWN_SECONDS)
+        _kill(handles)
 
     threading.Thread(target=end, name="end of Ray").start()
+
+
+def _end_at_once(servers: list[int]) -> None:
+    """Ends ``servers`` and their children, of which none can be started meanwhile."""
+    parents = _handles(servers, children=False)
+    for handle in parents:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGSTOP)
+    _kill([*_handles(servers), *parents])
+
+
+def _handles(servers: list[int], children: bool = True) -> dict[int, str]:
+    """Of ``servers`` and their children, each a process and not an id that another one may get; and their names."""
+    handles: dict[int, str] = {}
+    for pid in [*servers, *(child for server in servers if children for child in _children(server))]:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as name:
+            handles[os.pidfd_open(pid)] = name.read().strip()
+    return handles
+
+
+def _kill(handles: Iterable[int]) -> None:
+    for handle in handles:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        os.close(handle)

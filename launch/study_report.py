@@ -28,8 +28,8 @@ def write_report(study: Study, trials: Sequence[Trial], out: Path, plot: bool = 
         f"# {study.config}: {len(results)} cases",
         "",
         f"{int(first['rows']):,} texts of the {study.split} split, percent, the last checkpoint of each run. Settings of all cases: "
-        f"`{' '.join(study.settings) or 'none'}`. Seeds: {', '.join(map(str, study.seeds))}. {first['device']}, torch {first['torch']}, "
-        f"commit {first['commit'][:12]}.",
+        f"`{' '.join(study.settings) or 'none'}`. Seeds: {', '.join(map(str, study.seeds))}. {first['device']}, torch {first['torch']}"
+        f"{first['commit'] and ', commit ' + first['commit'][:12]}.",
         "",
         "Mean over seeds, ± half of its 95% interval (Student's t) where there are several.",
         "",

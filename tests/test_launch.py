@@ -299,6 +299,44 @@ def test_a_cluster_that_is_not_there_is_one_line_at_once(monkeypatch: pytest.Mon
         pass
 
 
+def test_sigterm_interrupts_while_ray_is_there_and_is_as_before_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def start(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as Ray does
+        os.kill(os.getpid(), signal.SIGTERM if early else 0)  # blocked until it has started
+
+    for name, value in {"is_initialized": lambda: False, "init": start, "shutdown": lambda: None}.items():
+        monkeypatch.setattr(ray, name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    for early in (True, False):
+        with pytest.raises(KeyboardInterrupt), ray_session(Config()):
+            signal.raise_signal(signal.SIGTERM if not early else signal.SIGKILL)  # not reached early
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux")
+def test_a_start_that_is_interrupted_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server and its child, neither of which hears SIGTERM, as Ray's are."""
+    import ray
+
+    started: list[int] = []
+
+    def start(**_: object) -> None:
+        server = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+        assert server.stdout is not None
+        started.extend((server.pid, int(server.stdout.readline())))
+        raise KeyboardInterrupt
+
+    for name, value in {"is_initialized": lambda: False, "init": start, "shutdown": lambda: None}.items():
+        monkeypatch.setattr(ray, name, value)
+    with pytest.raises(KeyboardInterrupt), ray_session(Config()):
+        pass
+    assert os.waitpid(started[0], 0)[1] == signal.SIGKILL
+    child = Path(f"/proc/{started[1]}/stat")
+    wait_for(lambda: not child.exists() or "(sleep) Z" in child.read_text(), 20)
+
+
 def test_ray_is_started_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 

@@ -1,6 +1,7 @@
 """The memory plan against what real steps hold, its numbers against the kernels' own, and the settings that it says would fit."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ from haste_dist.memory import (
     PLAIN_BYTES,
     RUN,
     SCRATCH_BYTES,
+    SLABS_BYTES,
+    SLABS_LEAST,
+    SLABS_MOST,
     TOPK_BYTES,
     TOPK_LIST,
     TOPK_SPAN,
@@ -56,11 +60,21 @@ def test_the_plan_knows_the_kernels_numbers() -> None:
 
     assert {"cuda": chunks.CUDA_BYTES, "cpu": chunks.CPU_BYTES} == PLAIN_BYTES
     pytest.importorskip("triton")
+    from haste_kernels import slab_tail
     from haste_kernels import triton_dx as dx
     from haste_kernels import triton_head as head
     from haste_kernels import triton_maxima as maxima
     from haste_kernels import triton_topk as topk
 
+    assert slab_tail.LEAST_ROWS == SLABS_LEAST
+    for width, most in SLABS_MOST:
+        assert slab_tail.cut(most, width, 132, 226 << 10) is not None
+        assert slab_tail.cut(most, width + 1, 132, 226 << 10) is None
+        assert slab_tail.cut(most + 1, width, 132, 226 << 10) is None
+        for n, d in itertools.product((1, 64, 65, 193, 257, most), (1, 64, width)):
+            cut = slab_tail.cut(n, d, 132, 226 << 10)
+            assert cut is not None
+            assert 4 * cut.ranges * d * cut.rows + 8 * cut.words <= SLABS_BYTES
     assert (dx.RUN, dx.COPIES_BYTES, dx.SCRATCH_BYTES) == (RUN, COPIES_BYTES, SCRATCH_BYTES)
     assert (head.CHUNK_BYTES, head.MOST_ROWS, head.LEAST_BESIDE) == (HEAD_BYTES, HEAD_ROWS, HEAD_BESIDE)
     for tiles in (head.FLOAT, *head.CANDIDATES):
