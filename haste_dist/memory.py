@@ -29,6 +29,8 @@ HALF = 2  # bytes of bfloat16
 # Numbers of the kernels, which cannot be imported where Triton is not installed; tests/test_memory.py compares them.
 TILE = 64  # most batch rows of a tile
 RUN, COPIES_BYTES, SCRATCH_BYTES = 128, 24 << 20, 256 << 20  # triton_dx.py: float16 copies of dx, the deterministic mode
+SLABS_BYTES = 39 << 20  # slab_tail.py: dx and the ring of all programs, one a multiprocessor of an H100's or H200's 132
+SLABS_WORTH, SLABS_WIDTH = 1 << 23, 788  # its batch rows times groups, its features
 HEAD_BYTES, HEAD_ROWS = 64 << 20, 128  # triton_head.py: a chunk's dz, most rows of a tile
 TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN = 128 << 20, 4096, 16, 256  # triton_topk.py: block maxima of a chunk
 ROUNDING = 22  # update.py and rounding.py: of each weight, where it is rounded at random by plain torch
@@ -228,7 +230,8 @@ def _tail_workspace(config: Config, cuda: bool, n: int, groups: int, width: int,
     if not (half and config.output.half_sums):
         return fixed + 4 * width * padded
     needed = -(-groups * f // (width * RUN))
-    return fixed + max(1, min(needed, COPIES_BYTES // (2 * width * padded))) * 2 * width * padded
+    copies = max(1, min(needed, COPIES_BYTES // (2 * width * padded))) * 2 * width * padded
+    return fixed + (max(copies, SLABS_BYTES) if (g, f) == (16, 64) and n * groups >= SLABS_WORTH and width <= SLABS_WIDTH else copies)
 
 
 def _chunk(device: str, count: int, allowed: int, used: int) -> int:

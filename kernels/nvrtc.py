@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 OPTIONS = ("--std=c++17",)
 
@@ -21,12 +22,26 @@ def load(source: str, name: str, device: int) -> Any:
     Raises RuntimeError with the compiler's log, or whatever a missing library or another version of torch raises.
     """
     of = torch.cuda.get_device_properties(device)
-    binary, symbol = compiled(library(), source, name, f"sm_{of.major}{of.minor}")
+    # a: with what this architecture alone has (slab_tail.cu moves registers between warps).
+    binary, symbol = compiled(library(), source, name, f"sm_{of.major}{of.minor}a")
     with torch.cuda.device(device):
         torch.cuda.set_device(device)  # binds the GPU's context to a thread that has not used it yet
         kernel = torch.cuda._utils._cuda_load_module(binary, [symbol])[symbol]  # type: ignore[index]
         kernel.set_shared_memory_config(shared_memory(device))
     return kernel
+
+
+def launch(kernel: Any, programs: int, threads: int, arguments: list[Tensor | int], shared: int, at_once: bool = False) -> None:
+    """What `load` loaded, on the current stream of the current GPU; ``shared`` bytes of memory. Raises RuntimeError.
+
+    ``at_once``: programs wait for each other, so none starts before all can run; more than fit the GPU are refused.
+    """
+    values = [ctypes.c_void_p(one.data_ptr()) if isinstance(one, Tensor) else ctypes.c_int(one) for one in arguments]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values))
+    driver = torch.cuda._utils._get_gpu_runtime_library()  # type: ignore[attr-defined]
+    where = (kernel.func, programs, 1, 1, threads, 1, 1, shared, torch.cuda.current_stream()._as_parameter_, pointers)
+    status = driver.cuLaunchCooperativeKernel(*where) if at_once else driver.cuLaunchKernel(*where, None)
+    torch.cuda._utils._check_cuda(status)  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-// Two operations of the group-shared linear layer on NVIDIA GPUs, from a slab in shared memory; slab_linear.py compiles and launches them.
+// Two operations of the group-shared linear layer on NVIDIA GPUs, from a slab in shared memory (slab.cuh, which goes before this
+// file); slab_linear.py compiles and launches them.
 //
 //     forward  z_NL = x_ND[index] W^T + b          grad_x  dx_ND[index] += dz_NL W
 //
@@ -6,77 +7,7 @@
 // groups from its range; a warp takes a group at a time. So gathers read, and sums are added, inside the multiprocessor, where atomic
 // additions to the second-level cache took most of the time. Warps add to dx in turns, in the order of their groups: same bits each time.
 //
-// A slab is parts of 32 batch rows: [part][feature][32 rows]. Tiles are numbered as tensor cores hold them (m16n8k16: a lane is 4 r + q):
-// which batch row, feature or label stands at which place is free as long as operands and results agree, so that memory is read and
-// written in runs and no value is exchanged between threads.
-//
 // Letters: N batch rows, D features of x, T groups, G labels a group, F fan-in, L labels, P parts of a slab.
-
-typedef unsigned u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-  u32 address;
-  asm("{.reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a;}" : "=r"(address) : "l"(pointer));
-  return address;
-}
-
-__device__ __forceinline__ uint4 load_shared(u32 address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-  return v;
-}
-
-__device__ __forceinline__ void store_shared(u32 address, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%4], {%0, %1, %2, %3};" ::"r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(address) : "memory");
-}
-
-__device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
-
-template <bool BF16>
-__device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  if constexpr (BF16)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <bool BF16>
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 v;
-  if constexpr (BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-  return v;
-}
-
-// ---- Turns: warp by warp, round by round
-
-template <int WARPS>
-__device__ __forceinline__ void start_turns(u64* turns, int parts) {  // before a __syncthreads
-  for (int i = threadIdx.x; i < parts * WARPS; i += blockDim.x)
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 32;" ::"r"(shared_address(turns + i)) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u64* turn) {
-  asm volatile("{.reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0];}" ::"r"(shared_address(turn)) : "memory");
-}
-
-__device__ __forceinline__ void await_turn(u64* turn, u32 phase) {
-  u32 done = 0;
-  while (!done)
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done) : "r"(shared_address(turn)), "r"(phase) : "memory");
-}
-
-// All lanes arrive: one for its warp would do, but compute-sanitizer's racecheck does not follow that. Told that the warp is together
-// again, the compiler keeps what is the same for all lanes out of their registers, of which there are none to spare.
-__device__ __forceinline__ void pass_turn(u64* turn) {
-  __syncwarp();
-  arrive(turn);
-}
 
 // ---- Loads and stores
 
@@ -147,7 +78,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) slab_grad_x(
   start_turns<WARPS>(turns, P);
   for (int i = threadIdx.x; i < P * D * 8; i += WARPS * 32) store_shared(base + i * 16, make_uint4(0, 0, 0, 0));
   __syncthreads();
-  if (threadIdx.x < 32 * P) arrive(turns + threadIdx.x / 32 * WARPS);  // the first warp's
+  open_turns<WARPS>(turns, P);
   u32 phase = 0, words[F / 16];
   auto fetch = [&](int group) { load_run<BF16, F / 8>(words, (const unsigned short*)index + (i64)group * F + F / 8 * r); };
   auto load_weights = [&](u32 (&to)[4][TILES], int group, int block, int section) {

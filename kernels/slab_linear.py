@@ -8,23 +8,19 @@ spoils up to 15 rows beside it.
 Letters: N batch rows, D features of x, T groups, G labels a group, F fan-in, L labels, P parts of 32 rows a slab.
 """
 
-import functools
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from haste_kernels import nvrtc
+from haste_kernels.slabs import PART, aligned, launch, limits, takes_gpu
 from haste_kernels.triton_dx import gather
 
 Op = Literal["forward", "grad_x"]
-PART = 32  # batch rows
 BYTES: dict[Op, int] = {"forward": 2, "grad_x": 4}  # of a value in the slab
 PARTS: dict[Op, tuple[int, ...]] = {"forward": (4, 2, 1), "grad_x": (2, 1)}  # the more, the less is read again
 FAN_INS, LARGEST_GROUP = (16, 32, 64, 128), 128
-CAPABILITY = (9, 0)
 # Below these, filling and emptying slabs took as long as the other kernels took in all. Larger groups have few additions to dx.
 WORTH: dict[Op, int] = {"forward": 1 << 26, "grad_x": 1 << 20}  # logits, and batch rows times groups
 LARGEST_ADDED = 64  # labels a group
@@ -51,13 +47,11 @@ def parts(op: Op, n: int, width: int, shared: int) -> int:
 def takes(op: Op, x: Tensor, weight: Tensor, width: int) -> bool:
     """Whether there is a kernel for these types and sizes, and a GPU for it. ``x`` is x, or dz; ``weight`` is (T, G, F)."""
     _, size, fan_in = weight.shape
-    if not x.is_cuda or torch.version.hip is not None or x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype not in (torch.bfloat16, torch.float16) or size % 16 or size > LARGEST_GROUP:
         return False
-    if size % 16 or size > LARGEST_GROUP or fan_in not in FAN_INS or weight.dtype not in (x.dtype, torch.float32):
+    if fan_in not in FAN_INS or weight.dtype not in (x.dtype, torch.float32):
         return False
-    device = x.device.index or 0
-    capability, _, shared = _device(device)
-    return capability >= CAPABILITY and parts(op, len(x), width, shared) > 0 and nvrtc.available(device)
+    return takes_gpu(x) and parts(op, len(x), width, limits(x.device.index or 0)[2]) > 0
 
 
 def serves(op: Op, x: Tensor, weight: Tensor, width: int) -> bool:
@@ -71,9 +65,9 @@ def forward(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, rows:
     """(N, L) in the type of ``x``; arguments as in linear.group_shared_linear."""
     n, width = x.shape
     cut = _cut("forward", x.device, n, width)
-    x_DN = _aligned(x.T if n == cut.rows else functional.pad(x.T, (0, cut.rows - n)))
+    x_DN = aligned(x.T if n == cut.rows else functional.pad(x.T, (0, cut.rows - n)))
     out = torch.empty(n, rows, dtype=x.dtype, device=x.device)
-    bias = torch.empty(0, device=x.device) if bias is None else _aligned(bias.float())  # an empty tensor's address is 0
+    bias = torch.empty(0, device=x.device) if bias is None else aligned(bias.float())  # an empty tensor's address is 0
     _launch("forward", cut, [x_DN, weight, index, bias, out], n, width, rows, even=rows % 4 == 0)
     return out
 
@@ -92,7 +86,7 @@ def grad_x(dz: Tensor, weight: Tensor, index: Tensor, width: int) -> Tensor:
 
 
 def _cut(op: Op, device: torch.device, n: int, width: int) -> Slabs:
-    _, processors, shared = _device(device.index or 0)
+    _, processors, shared = limits(device.index or 0)
     count = parts(op, n, width, shared)
     slabs = -(-n // (PART * count))
     return Slabs(count, slabs, max(1, processors // slabs))
@@ -102,35 +96,10 @@ def _launch(op: Op, cut: Slabs, tensors: list[Tensor], n: int, width: int, rows:
     """``tensors`` as the kernel takes them; ``even``: rows of logits are aligned, see load_four in slab_linear.cu."""
     x, weight, index, *rest = tensors
     groups, size, fan_in = weight.shape
-    weight, index = _aligned(weight), _aligned(index if index.dtype == torch.int16 else index.to(torch.int16))
+    weight, index = aligned(weight), aligned(index if index.dtype == torch.int16 else index.to(torch.int16))
     warps = 8 if op == "forward" and size % 32 == 0 else 12  # as many as have the registers that they need
     values = "float" if weight.dtype == torch.float32 else "unsigned short"
     flags = [str(flag).lower() for flag in (x.dtype == torch.bfloat16, even)]
     name = f"slab_{op}<{flags[0]}, {values}, {width}, {fan_in}, {size}, {cut.parts}, {warps}, {flags[1]}>"
-    device = x.device.index or 0
-    kernel = _kernel(device, name)
-    with torch.cuda.device(device):
-        torch.cuda.set_device(device)  # binds the GPU's context to a thread that has not used it yet, such as autograd's
-        kernel(
-            (cut.slabs * cut.ranges, 1, 1), (32 * warps, 1, 1),
-            [x, weight, index, *rest, n, groups, groups * size - rows, cut.slabs, cut.ranges],
-            width * PART * cut.parts * BYTES[op],
-        )  # fmt: skip
-
-
-@functools.cache
-def _kernel(device: int, name: str) -> Any:
-    return nvrtc.load(Path(__file__).with_name("slab_linear.cu").read_text(), name, device)
-
-
-@functools.cache
-def _device(index: int) -> tuple[tuple[int, int], int, int]:
-    """Capability, multiprocessors, and bytes of shared memory for a slab."""
-    of = torch.cuda.get_device_properties(index)
-    return (of.major, of.minor), of.multi_processor_count, nvrtc.shared_memory(index)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """``tensor`` without gaps, at an address of a multiple of 16."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    arguments: list[Tensor | int] = [x, weight, index, *rest, n, groups, groups * size - rows, cut.slabs, cut.ranges]
+    launch("slab_linear.cu", name, x, cut.slabs * cut.ranges, warps, arguments, width * PART * cut.parts * BYTES[op])

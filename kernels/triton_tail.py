@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_kernels import slab_tail, tuning
 from haste_kernels import triton_tiles as tiles
-from haste_kernels import tuning
 from haste_kernels.backend import takes_types
 from haste_kernels.products import operand_dtype
 from haste_kernels.state import Positives, StepArgs, TailState
@@ -263,11 +263,14 @@ def _tail_step(
 def tail_step(
     x_ND: Tensor, positives: Positives, tail: TailState, args: StepArgs, want_loss: bool = False, config: TailConfig | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``haste_kernels.tail_step`` by Triton: same arguments, same result. ``config`` None: what was tuned here, else the table's."""
+    """``haste_kernels.tail_step`` by Triton: same arguments, same result. ``config`` None: what was tuned here, else the table's; where
+    slab_tail.py serves, its kernel takes the step."""
     n, width = x_ND.shape
     groups, size, fan_in = tail.weight.shape
     if groups and not 0 <= groups * size - tail.rows < size:
         raise ValueError(f"rows={tail.rows}: only the last of {groups} groups of {size} may hold padding")
+    if config is None and groups and slab_tail.serves(x_ND, tail, args, want_loss):
+        return slab_tail.tail_step(x_ND, positives, tail, args), None
     dtype = operand_dtype(x_ND, tail.weight)
     config = config or tuning.chosen("tail_step", key(tail, n), CANDIDATES) or default_config(size, fan_in, n)
     padded = -(-n // config.batch) * config.batch

@@ -26,6 +26,9 @@ from haste_dist.memory import (
     PLAIN_BYTES,
     RUN,
     SCRATCH_BYTES,
+    SLABS_BYTES,
+    SLABS_WIDTH,
+    SLABS_WORTH,
     TOPK_BYTES,
     TOPK_LIST,
     TOPK_SPAN,
@@ -55,11 +58,18 @@ def test_the_plan_knows_the_kernels_numbers() -> None:
 
     assert {"cuda": chunks.CUDA_BYTES, "cpu": chunks.CPU_BYTES} == PLAIN_BYTES
     pytest.importorskip("triton")
+    from haste_kernels import slab_tail
     from haste_kernels import triton_dx as dx
     from haste_kernels import triton_head as head
     from haste_kernels import triton_maxima as maxima
     from haste_kernels import triton_topk as topk
 
+    assert slab_tail.WORTH == SLABS_WORTH
+    for n, width in ((193, 64), (512, 64), (257, 394), (512, 384), (1024, 100), (512, 395), (257, SLABS_WIDTH)):
+        cut = slab_tail.cut(n, width, 132, 226 << 10)
+        assert cut is not None
+        assert 4 * cut.ranges * width * cut.rows + 8 * cut.words <= SLABS_BYTES
+    assert slab_tail.cut(512, SLABS_WIDTH + 1, 132, 226 << 10) is None
     assert (dx.RUN, dx.COPIES_BYTES, dx.SCRATCH_BYTES) == (RUN, COPIES_BYTES, SCRATCH_BYTES)
     assert (head.CHUNK_BYTES, head.MOST_ROWS) == (HEAD_BYTES, HEAD_ROWS)
     assert max(tiles.rows for tiles in (head.HALF, head.FLOAT, *head.CANDIDATES)) == HEAD_ROWS

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 slab_linear = pytest.importorskip("haste_kernels.slab_linear")
-SOURCE = Path(slab_linear.__file__).with_name("slab_linear.cu")
+FILES = [Path(slab_linear.__file__).with_name(name) for name in ("slab.cuh", "slab_linear.cu")]
 ARGUMENTS = {"forward": "const float*, half*", "grad_x": "float*"}
 
 
@@ -36,7 +36,7 @@ def test_a_cpu_takes_the_other_kernels() -> None:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc, a part of the CUDA toolkit, is not on the PATH")
 def test_kernels_compile(tmp_path: Path) -> None:
-    lines = [f'#include "{SOURCE}"', "typedef unsigned short half;"]
+    lines = [*(f'#include "{file}"' for file in FILES), "typedef unsigned short half;"]
     for op, more in ARGUMENTS.items():
         for values, fan_in, size, parts, even in (("half", 64, 16, 2, "true"), ("float", 128, 48, 1, "false"), ("half", 16, 64, 2, "true")):
             of = f"true, {values}, 384, {fan_in}, {size}, {parts}, {8 if op == 'forward' and size % 32 == 0 else 12}, {even}"

@@ -16,6 +16,8 @@ from haste_kernels import (
     head_step,
     random_features,
     slab_linear,
+    slab_tail,
+    slabs,
     tail_step,
     topk,
     triton_head,
@@ -68,6 +70,9 @@ def tails() -> None:
             tail_step(x_ND, positives(tail.rows, 1), tail, ARGS)
     tail = tail_state(16, 16, FP32, FP32, True)
     tail_step(x_ND.float(), positives(tail.rows, 1), tail, ARGS)
+    tail, fixed = tail_state(16, 64, BF16, BF16, True), replace(ARGS, deterministic=True)
+    if slab_tail.takes(x_ND, tail, fixed, False):
+        slab_tail.tail_step(x_ND, positives(tail.rows, 2), tail, fixed)
 
 
 def heads() -> None:
@@ -114,6 +119,11 @@ def turns() -> None:
     x_ND, tail = normal(N, 2 * WIDTH, dtype=BF16), tail_state(16, 64, BF16, None, True, 1600, 2 * WIDTH)
     if slab_linear.takes("grad_x", x_ND, tail.weight, 2 * WIDTH):
         slab_linear.grad_x(normal(N, tail.rows, dtype=BF16), tail.weight, tail.index, 2 * WIDTH)
+    fixed = replace(ARGS, deterministic=True)
+    for n, groups, width, momentum, bias in ((300, 2700, 2 * WIDTH, BF16, True), (130, 200, 500, None, False)):
+        tail, x_ND = tail_state(16, 64, BF16, momentum, bias, groups, width), normal(n, width, dtype=BF16)
+        if slab_tail.takes(x_ND, tail, fixed, False):
+            slab_tail.tail_step(x_ND, positives(tail.rows, 2, 1e-3), tail, fixed)
 
 
 def encoders() -> None:
@@ -146,8 +156,8 @@ def main() -> None:
         return run(self, *args, **kwargs)
 
     triton.JITFunction.run = noted
-    launch = slab_linear._launch
-    slab_linear._launch = lambda op, *rest, **named: launched.add(f"slab_linear.slab_{op}") or launch(op, *rest, **named)
+    kernel = slabs._kernel
+    slabs._kernel = lambda index, file, name: launched.add(f"{file[:-3]}.{name.split('<')[0]}") or kernel(index, file, name)
     torch.manual_seed(0)
     for part in [tails, heads, best, layers, turns, encoders]:
         part()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from haste_kernels import backend, linear, random_features, reference, slab_linear
+from haste_kernels import backend, linear, random_features, reference, slab_linear, slabs
 from haste_kernels.linear import FixedFanInLinear, GroupSharedLinear, grad_weight, grad_x, group_shared_linear
 
 if not torch.cuda.is_available():
@@ -112,7 +112,7 @@ def test_every_choice_of_tiles_gives_the_same(op: str, size: int) -> None:
         check(given, through_kernels(given, **{argument: config}))
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability() < slab_linear.CAPABILITY, reason="an older GPU")
+@pytest.mark.skipif(torch.cuda.get_device_capability() < slabs.CAPABILITY, reason="an older GPU")
 @pytest.mark.parametrize(
     ("n", "width", "rows", "fan_in", "size"),
     [
@@ -145,7 +145,7 @@ def test_kernels_on_slabs(n: int, width: int, rows: int, fan_in: int, size: int,
     assert torch.equal(dx, slab_linear.grad_x(dz, shifted, index.long(), width))
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability() < slab_linear.CAPABILITY, reason="an older GPU")
+@pytest.mark.skipif(torch.cuda.get_device_capability() < slabs.CAPABILITY, reason="an older GPU")
 def test_slabs_through_autograd_in_other_threads() -> None:
     given = make(512, 384, 160_000, 64, 16, BF16, BF16)
     x, w, index, dz = given["x"].requires_grad_(), given["weight"].requires_grad_(), given["index"], given["dz"]
@@ -174,7 +174,7 @@ def test_slabs_through_autograd_in_other_threads() -> None:
 
 def test_slabs_serve_where_they_pay() -> None:
     x, weight = torch.zeros(512, 768, dtype=BF16, device=CUDA), torch.zeros(20_000, 16, 64, dtype=BF16, device=CUDA)
-    new = torch.cuda.get_device_capability() >= slab_linear.CAPABILITY
+    new = torch.cuda.get_device_capability() >= slabs.CAPABILITY
     assert slab_linear.serves("forward", x, weight, 768) == slab_linear.serves("grad_x", x, weight, 768) == new
     for op in ("forward", "grad_x"):
         assert not slab_linear.serves(op, x[:40], weight, 768)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from haste_kernels import Positives, StepArgs, TailState, random_features, reference
+from haste_kernels import Positives, StepArgs, TailState, random_features, reference, slab_tail, slabs
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -100,6 +100,88 @@ def test_a_step_is_as_exact_as_plain_torch(case: tuple, sums: str) -> None:
             assert distance(getattr(mine, name), getattr(truth, name)) < 4e-3, name
 
 
+SLAB_CASES = [
+    # n, width, groups, padded, rate, momentum, bias
+    (512, 96, 7700, 3, 1e-4, torch.bfloat16, True),  # many rounds: runs of dx end, the ring goes round
+    (300, 384, 900, 7, 0.003, torch.bfloat16, True),
+    (257, 768, 333, 15, 0.02, None, True),
+    (512, 768, 2000, 0, 0.003, torch.bfloat16, False),
+    (1, 100, 9, 3, 0.5, torch.bfloat16, True),
+    (64, 768, 3000, 1, 1.0, torch.bfloat16, True),
+    (1000, 391, 500, 0, 0.001, None, False),
+    (130, 782, 40, 9, 0.0, torch.bfloat16, True),
+]
+new_gpu = pytest.mark.skipif(torch.cuda.get_device_capability() < slabs.CAPABILITY, reason="an older GPU")
+
+
+@new_gpu
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize("case", SLAB_CASES, ids=str)
+def test_a_step_from_slabs_is_as_exact_as_plain_torch(case: tuple, rounding: str) -> None:
+    n, width, groups, padded, rate, momentum, bias = case
+    x_ND, tail, positives = make(n, width, groups, 16, 64, rate, padded, momentum, bias)
+    args = replace(ARGS, rounding=rounding, deterministic=True)
+    mine, again, truth = copy.deepcopy(tail), copy.deepcopy(tail), copy.deepcopy(tail)
+    assert slab_tail.serves(x_ND, mine, args, want_loss=False)
+    plain_dx, plain_weight = plain(x_ND, tail, positives, args)
+    dx, _ = tail_step(x_ND, positives, mine, args)
+    true_dx, _ = reference.tail_step(x_ND, positives, truth, args)
+    assert distance(dx, true_dx) <= 1.5 * distance(plain_dx, true_dx)
+    unrounded = replace(copy.deepcopy(tail), weight=tail.weight.float(), momentum=None if tail.momentum is None else tail.momentum.float())
+    reference.tail_step(x_ND, positives, unrounded, args)
+    assert distance(mine.weight, unrounded.weight) <= 1.5 * distance(plain_weight, unrounded.weight) + 1e-9
+    for name in ("momentum", "bias", "bias_momentum"):
+        if getattr(truth, name) is not None:
+            assert distance(getattr(mine, name), getattr(truth, name)) < 4e-3, name
+    assert torch.equal(dx, tail_step(x_ND, positives, again, args)[0])
+    for name in ("weight", "momentum", "bias", "bias_momentum"):
+        assert getattr(mine, name) is None or torch.equal(getattr(mine, name), getattr(again, name)), name
+
+
+@new_gpu
+def test_slabs_round_with_the_same_random_bits() -> None:
+    """Gradients are next to nothing here, so that sums of other orders are rounded alike but for the bits."""
+    x_ND, tail, positives = make(300, 384, 900, 16, 64, 0.003, 7, torch.bfloat16, True)
+    args = replace(ARGS, scale=1e-6)
+    mine, other = copy.deepcopy(tail), copy.deepcopy(tail)
+    tail_step(x_ND, positives, mine, replace(args, deterministic=True))
+    tail_step(x_ND, positives, other, args)
+    for name in ("weight", "momentum"):
+        assert float((getattr(tail, name) != getattr(mine, name)).float().mean()) > 0.5, name
+        assert float((getattr(other, name) != getattr(mine, name)).float().mean()) < 0.01, name
+
+
+@new_gpu
+def test_slabs_end_whatever_is_not_finite() -> None:
+    """Parts of dW are told apart by a bit of theirs, which must be there in those of no number, too."""
+    x_ND, tail, positives = make(300, 384, 900, 16, 64, 0.003, 7, torch.bfloat16, True)
+    args = replace(ARGS, deterministic=True)
+    x_ND[7] = torch.inf
+    x_ND[100, ::2] = torch.nan
+    tail.weight[5] = torch.nan
+    dx, _ = tail_step(x_ND, positives, tail, args)
+    assert not dx[7].isfinite().any()
+    assert tail.weight.isnan().any()
+
+
+@new_gpu
+def test_slabs_serve_where_they_can_and_pay() -> None:
+    x_ND, tail, _ = make(512, 384, 16_384, 16, 64, 0.0, 0, torch.bfloat16, True)
+    args = replace(ARGS, deterministic=True)
+    assert slab_tail.serves(x_ND, tail, ARGS, want_loss=False)
+    assert not slab_tail.serves(x_ND[:500], tail, ARGS, want_loss=False)
+    assert slab_tail.serves(torch.cat((x_ND, x_ND), 1), tail, ARGS, want_loss=False)
+    assert slab_tail.serves(x_ND[:100], tail, args, want_loss=False)
+    for other in (replace(args, loss="squared_hinge"), replace(args, half_sums=False)):
+        assert not slab_tail.takes(x_ND, tail, other, want_loss=False)
+    assert not slab_tail.takes(x_ND, tail, args, want_loss=True)
+    assert not slab_tail.takes(x_ND.float(), tail, args, want_loss=False)
+    assert not slab_tail.takes(x_ND.repeat(1, 3), tail, args, want_loss=False)
+    shifted = torch.empty(tail.weight.numel() + 1, dtype=torch.bfloat16, device=CUDA)[1:].view_as(tail.weight)
+    for name, value in (("momentum", tail.momentum.float()), ("index", tail.index.int()), ("weight", shifted)):
+        assert not slab_tail.takes(x_ND, replace(tail, **{name: value}), args, want_loss=False)
+
+
 @pytest.mark.parametrize("config", [*TABLE.values(), *CANDIDATES[::5], TailConfig(128, False, 8, 1)], ids=str)
 def test_every_tile_gives_the_same_step(config: TailConfig) -> None:
     x_ND, tail, positives = make(300, 384, 40, 32, 64, 0.003, 7, torch.float32, True)
@@ -112,11 +194,12 @@ def test_every_tile_gives_the_same_step(config: TailConfig) -> None:
     assert distance(second.bias, first.bias) < 1e-5
 
 
+@pytest.mark.parametrize("deterministic", [False, True])  # which on new GPUs is another kernel
 @pytest.mark.parametrize("shards", [2, 4])
-def test_shards_take_the_same_step_to_the_bit(shards: int) -> None:
+def test_shards_take_the_same_step_to_the_bit(shards: int, deterministic: bool) -> None:
     x_ND, tail, positives = make(300, 384, 40, 16, 64, 0.003, 0, torch.bfloat16, True)
-    whole = copy.deepcopy(tail)
-    dx, _ = tail_step(x_ND, positives, whole, ARGS)
+    whole, args = copy.deepcopy(tail), replace(ARGS, deterministic=deterministic)
+    dx, _ = tail_step(x_ND, positives, whole, args)
     each, total = 40 // shards, torch.zeros_like(dx)
     for i in range(shards):
         part = slice(i * each, (i + 1) * each)
@@ -124,26 +207,29 @@ def test_shards_take_the_same_step_to_the_bit(shards: int) -> None:
         mine = (positives.row >= i * rows) & (positives.row < (i + 1) * rows)
         state = TailState(*[t[part].clone() for t in (tail.weight, tail.index, tail.momentum, tail.bias, tail.bias_momentum)],
                           FIRST_ROW + i * rows, rows, 5 + i * each)  # fmt: skip
-        got, _ = tail_step(x_ND, Positives(positives.batch[mine], positives.row[mine] - i * rows), state, ARGS)
+        got, _ = tail_step(x_ND, Positives(positives.batch[mine], positives.row[mine] - i * rows), state, args)
         total += got
         for name in ("weight", "momentum", "bias"):
             assert torch.equal(getattr(state, name), getattr(whole, name)[part]), name
     assert distance(total, dx) < 2e-3  # float16 runs, cut elsewhere
 
 
-def test_deterministic_mode_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("half_sums", [False, True])
+def test_deterministic_mode_gives_the_same_bits(half_sums: bool) -> None:
     x_ND, tail, positives = make(300, 384, 400, 16, 64, 0.003, 0, torch.bfloat16, True)
-    args = replace(ARGS, deterministic=True)
+    args = replace(ARGS, deterministic=True, half_sums=half_sums)
     runs = [tail_step(x_ND, positives, copy.deepcopy(tail), args)[0] for _ in range(5)]
     assert all(torch.equal(runs[0], run) for run in runs[1:])
 
 
-def test_a_pair_that_stands_twice_counts_once() -> None:
-    x_ND, tail, positives = make(300, 384, 40, 16, 64, 0.01, 0, torch.float32, True)
+@pytest.mark.parametrize("momentum", [torch.float32, torch.bfloat16])
+def test_a_pair_that_stands_twice_counts_once(momentum: torch.dtype) -> None:
+    x_ND, tail, positives = make(300, 384, 40, 16, 64, 0.01, 0, momentum, True)
+    args = replace(ARGS, deterministic=momentum == torch.bfloat16)
     twice = Positives(positives.batch.repeat_interleave(2), positives.row.repeat_interleave(2))
     first, second = copy.deepcopy(tail), copy.deepcopy(tail)
-    tail_step(x_ND, positives, first, ARGS)
-    tail_step(x_ND, twice, second, ARGS)
+    tail_step(x_ND, positives, first, args)
+    tail_step(x_ND, twice, second, args)
     assert torch.equal(first.momentum, second.momentum)
 
 
@@ -160,12 +246,13 @@ def test_long_sums_are_cut_into_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distance(short, true_dx) < 4e-3
 
 
-def test_a_feature_that_every_group_reads_is_still_summed_well() -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_feature_that_every_group_reads_is_still_summed_well(deterministic: bool) -> None:
     """Its float16 runs are D / F = 12 times as long as RUN: LOG.md has the error that comes of it."""
     x_ND, tail, positives = make(256, 768, 4096, 16, 64, 1e-4, 0, torch.bfloat16, True)
     tail.index[:, 0] = 0
     truth = copy.deepcopy(tail)
-    dx, _ = tail_step(x_ND, positives, tail, ARGS)
+    dx, _ = tail_step(x_ND, positives, tail, replace(ARGS, deterministic=deterministic))
     true_dx, _ = reference.tail_step(x_ND, positives, truth, ARGS)
     assert distance(dx[:, 0], true_dx[:, 0]) < 1.5e-2
     assert distance(dx[:, 1:], true_dx[:, 1:]) < 4e-3
