@@ -1,5 +1,5 @@
-// One step of the sparse tail on NVIDIA GPUs, from slabs in shared memory (slab.cuh, which goes before this file); slab_tail.py
-// compiles and launches it.
+// One step of the sparse tail on NVIDIA GPUs, from slabs in shared memory (slab.cuh and slab_update.cuh, which go before this file);
+// slab_tail.py compiles and launches it.
 //
 //     z = W x[index] + b     dz = sigmoid(z) - y     dx[index] += W^T dz     dW = dz x[index]^T     W, m, b <- SGD
 //
@@ -8,42 +8,14 @@
 // leaves its part in a ring in memory, and warps that do nothing else add the parts and update the weights, every program an S-th of
 // every group. No atomic additions: warps add to dx in turns, and parts are summed in order, so the same bits each time.
 //
-// Nobody waits for a fence: the last bit of each word of 8 bytes in the ring, which is read and written whole, tells that it is of this
-// round and not of the ring's last one; an updater counts the rounds that it has taken, and no slot is written before that. All S programs
-// must run at once: there are no more programs than multiprocessors.
+// Nobody waits for a fence: a bit of each word in the ring tells that it is of this round and not of the ring's last one (slab_update.cuh);
+// an updater counts the rounds that it has taken, and no slot is written before that. All S programs must run at once: there are no more
+// programs than multiprocessors.
 //
 // Letters: N batch rows, NP with padding, D features of x, T groups, G labels a group, F fan-in, S slabs, P parts of 32 rows a slab.
 
-constexpr int WARPS = 12, UPDATERS = 4, F = 64, G = 16, RING = 4;
-// Bytes that wait for a warp: weights, then index, biases and bounds of positives, of two rounds.
-constexpr int WEIGHTS = 2 * G * F, BIASES = 2 * F, BOUNDS = BIASES + 4 * G, REST = BOUNDS + 16, STAGE = WEIGHTS + 2 * REST;
-// dz is multiplied by this, so that small probabilities are float16, and sums of dx that are as large as they get still are.
-constexpr float UP = 256, LOG2E = 1.4426950408889634f;
-
-struct Args {
-  const unsigned short* x;  // (D, NP) bfloat16, in: x transposed
-  unsigned short *weight, *momentum;  // (T, G, F) bfloat16, in and out; momentum may be null
-  const short* index;  // (T, F), in
-  float *bias, *bias_momentum;  // (T, G) or null, in and out
-  float* dx;  // (ranges, D, NP), out, unscaled
-  u64* ring;  // (ranges, WARPS, record_words(S)), zeros
-  const i64* bounds;  // (T + 1,), in: where each group's positives begin
-  const int* pairs;  // (P,), in: batch row times G plus label of the group
-  int n, groups, padding /* T G - L */, ranges, flush /* rounds between sums of dx in float32, a power of two */;
-  i64 first_row;
-  u32 step, seed_low, seed_high;
-  float lr, scale /* of the loss, by UP */, decay, inertia;
-};
-
-// Words of 8 bytes: a unit is labels u and u + 8 of a group, S parts of dW and then of the biases' gradient; a record is what a warp has:
-// a ring of rounds of 8 units, then the rounds taken from it, even and odd ones apart, for other warps take them.
-__host__ __device__ constexpr int unit_words(int s) { return s * 32 + (s + 1) / 2 * 2; }
-__host__ __device__ constexpr int record_words(int s) { return RING * 8 * unit_words(s) + (s + 1) / 2 * 2; }
-
 // ---- Arithmetic
 
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }  // of two bfloat16
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ __forceinline__ u32 half_of(u32 pair) { return pack<false>(low(pair), high(pair)); }
 
 __device__ __forceinline__ float sigmoid(float z, float bias) {  // times UP; the bias is already times -LOG2E
@@ -58,130 +30,34 @@ __device__ __forceinline__ void product(u32& c0, u32& c1, const u32 (&a)[4], u32
       : "=r"(c0), "=r"(c1) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
 }
 
-__device__ __forceinline__ void philox(u32 (&c)[4], u32 key0, u32 key1) {  // rounding.py's generator, 7 rounds
-#pragma unroll
-  for (int i = 0; i < 7; i++) {
-    const u64 a = (u64)c[0] * 0xD2511F53u, b = (u64)c[2] * 0xCD9E8D57u;
-    const u32 next0 = (u32)(b >> 32) ^ c[1] ^ key0, next2 = (u32)(a >> 32) ^ c[3] ^ key1;
-    c[1] = (u32)b, c[3] = (u32)a, c[0] = next0, c[2] = next2;
-    key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
-  }
+template <u32 BY /* float16, twice */>
+__device__ __forceinline__ void scale_unit(u32 (&identity)[4]) {  // or the compiler keeps both
+  asm volatile("mul.rn.f16x2 %0, %0, %1;" : "+r"(identity[0]) : "r"(BY));
+  asm volatile("mul.rn.f16x2 %0, %0, %1;" : "+r"(identity[3]) : "r"(BY));
 }
 
-template <bool NEAREST>
-__device__ __forceinline__ uint4 rounded(const float (&v)[8], i64 row, u32 block, u32 stream, const Args& args) {  // eight neighbours
-  u32 random[4] = {block, (u32)row, (u32)(row >> 32) | stream << 16, args.step}, bits[8];
-  if (!NEAREST) philox(random, args.seed_low, args.seed_high);
+__device__ __forceinline__ float loss_of(const float (&logit)[16], u32 hot) {  // a warp's sum of softplus(z) - y z
+  float sum = 0;
 #pragma unroll
-  for (int e = 0; e < 8; e++) {
-    const u32 b = __float_as_uint(v[e]);
-    const u32 more = NEAREST ? 0x7fff + (b >> 16 & 1) : e % 2 ? random[e / 2] >> 16 : random[e / 2] & 0xffff;
-    bits[e] = v[e] == v[e] ? b + more : 0x7fff0000u;
+  for (int i = 0; i < 16; i++) {
+    const float grows = hot >> i & 1 ? -logit[i] : logit[i];  // softplus(z) - z is softplus(-z)
+    sum += fmaxf(grows, 0) + log1pf(expf(-fabsf(grows)));
   }
-  return make_uint4(__byte_perm(bits[0], bits[1], 0x7632), __byte_perm(bits[2], bits[3], 0x7632),
-                    __byte_perm(bits[4], bits[5], 0x7632), __byte_perm(bits[6], bits[7], 0x7632));
-}
-
-// ---- Memory
-
-// Four bfloat16 for the ring: the first is the nearest one whose last bit is `mark`; so is a NaN's, or somebody would wait forever.
-__device__ __forceinline__ u64 marked(const float (&a)[4], const float (&b)[4], int e, u32 mark) {
-  const u32 odd = (__float_as_uint(a[e]) + (mark ? 0 : 0x10000) & 0xfffe0000u) | mark << 16;
-  return (pack<true>(__uint_as_float(odd), a[e + 1]) & ~1u | mark) | (u64)pack<true>(b[e], b[e + 1]) << 32;
-}
-
-// ---- The updaters
-
-// Half of a warp updates two labels, u and u + 8, of a group: where (u + 8 round) % S is the slab.
-template <int S, bool MOMENTUM, bool NEAREST>
-__device__ __forceinline__ void update(const Args& args, int slab, int range, int first, int end, int rounds) {
-  const int lane = threadIdx.x % 32, column = lane % 16;
-  int k = 0, pair = threadIdx.x / 32 - WARPS, unit = slab;  // groups of a round by twos
-  while (true) {
-    while (pair >= WARPS / 2) {
-      pair -= WARPS / 2, k++;
-      unit = unit < 8 % S ? unit - 8 % S + S : unit - 8 % S;
-    }
-    if (k >= rounds) return;
-    const int w = 2 * pair + lane / 16, t = first + k * WARPS + w;
-    const bool real = t < end, has = real && column < 2 * S;
-    const u32 mark = (u32)k / RING + 1 & 1;
-    for (int u = unit; u < 8; u += S) {
-      u64* record = args.ring + (range * WARPS + w) * (i64)record_words(S);
-      const u64* from = record + (u32)k % RING * (8 * unit_words(S)) + u * unit_words(S);
-      const i64 label = (i64)t * G + u, mine = label + column / 8 * 8, at = mine * F + column % 8 * 8;
-      uint4 old = {}, inert = {};
-      float own = 0;  // columns 0 and 1: biases, 2 and 3: their momentum
-      if (real) {
-        old = *(const uint4*)(args.weight + at);
-        if (MOMENTUM) inert = *(const uint4*)(args.momentum + at);
-        if (args.bias && (column < 2 || column < 4 && args.bias_momentum))
-          own = (column < 2 ? args.bias : args.bias_momentum)[label + column % 2 * 8];
-      }
-      u64 part[S][2];
-      u32 few = mark;  // columns by twos: a slab's part of the biases' gradient
-      while (true) {
-        u32 differ = 0;
-        if (real) {
 #pragma unroll
-          for (int s = 0; s < S; s++) load_parts(part[s], from + s * 32 + 2 * column);
-          if (has) few = load_word((const u32*)(from + S * 32) + column);
-#pragma unroll
-          for (int s = 0; s < S; s++) differ |= (u32)part[s][0] ^ mark, differ |= (u32)part[s][1] ^ mark;
-          differ |= few ^ mark;
-        }
-        if (!__any_sync(~0u, differ & 1)) break;
-        __nanosleep(200);
-      }
-      float g[8] = {}, v[8], next[8];
-      if (real)
-#pragma unroll
-        for (int s = 0; s < S; s++)
-#pragma unroll
-          for (int e = 0; e < 4; e++) {
-            const u32 word = (u32)(part[s][e / 2] >> 32 * (e % 2));
-            g[2 * e] += low(word), g[2 * e + 1] += high(word);
-          }
-      if (column == 0 && real && u + S >= 8) store_word((u32*)(record + RING * 8 * unit_words(S)) + k % 2 * S + slab, k + 1);
-      const u32 weights[4] = {old.x, old.y, old.z, old.w}, inertias[4] = {inert.x, inert.y, inert.z, inert.w};
-#pragma unroll
-      for (int e = 0; e < 8; e++) {
-        const float weight = e % 2 ? high(weights[e / 2]) : low(weights[e / 2]);
-        v[e] = fmaf(g[e], args.scale, weight * args.decay);
-        if (MOMENTUM) v[e] = fmaf(e % 2 ? high(inertias[e / 2]) : low(inertias[e / 2]), args.inertia, v[e]);
-        next[e] = fmaf(v[e], -args.lr, weight);
-      }
-      if (real) {
-        if (MOMENTUM) *(uint4*)(args.momentum + at) = rounded<NEAREST>(v, args.first_row + mine, column % 8, 1, args);
-        *(uint4*)(args.weight + at) = rounded<NEAREST>(next, args.first_row + mine, column % 8, 0, args);
-      }
-      if (args.bias) {
-        float sum = has ? __uint_as_float(few) : 0;
-#pragma unroll
-        for (int o = 8; o > 1; o /= 2)
-          if (o / 2 < S) sum += __shfl_xor_sync(~0u, sum, o);
-        const float inertia = __shfl_xor_sync(~0u, own, 2);
-        if (column < 2 && real) {
-          float v = sum * args.scale;
-          if (args.bias_momentum) v += inertia * args.inertia, args.bias_momentum[label + column * 8] = v;
-          args.bias[label + column * 8] = own - args.lr * v;
-        }
-      }
-    }
-    pair += UPDATERS;
-  }
+  for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+  return sum;
 }
 
 // ---- The kernel
 
 // A lane's places, of a tile of 16 features (c, j), 8 labels (m) and 32 batch rows: features 32 c + 8 (r/2) + 2 j + r%2 and labels
 // r + 8 m of operands, labels 2 q + 8 m and the next of results; batch rows 8 q + .. of x, 8 (r/2) + 2 j + r%2 of results.
-template <int D, int S, int P, bool MOMENTUM, bool NEAREST>
+template <int D, int S, int P, bool MOMENTUM, bool NEAREST, bool LOSS /* which changes no other result's bits */>
 __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
     const unsigned short* x, unsigned short* weight, unsigned short* momentum, const short* index, float* bias, float* bias_momentum,
-    float* dx, u64* ring, const i64* bounds, const int* pairs, int n, int groups, int padding, int ranges, int flush,
+    float* dx, double* loss, u64* ring, const i64* bounds, const int* pairs, int n, int groups, int padding, int ranges, int flush,
     int first_low, int first_high, int step, int seed_low, int seed_high, int lr, int scale, int decay, int inertia) {  // floats' bits
-  const Args args = {x, weight, momentum, index, bias, bias_momentum, dx, ring, bounds, pairs, n, groups, padding, ranges, flush,
+  const Args args = {x, weight, momentum, index, bias, bias_momentum, dx, loss, ring, bounds, pairs, n, groups, padding, ranges, flush,
                      (i64)first_high << 32 | (u32)first_low, (u32)step, (u32)seed_low, (u32)seed_high, __int_as_float(lr),
                      __int_as_float(scale), __int_as_float(decay), __int_as_float(inertia)};
   extern __shared__ __align__(128) unsigned char shared[];  // x, dx: [P parts][D][32 rows] float16; then what waits for each warp
@@ -214,7 +90,7 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
   asm volatile("setmaxnreg.inc.sync.aligned.u32 144;");
   const auto synchronize = [] { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); };  // without the updaters
   const uint4 loaded = load_shared(shared_address(eye + lane));
-  const u32 identity[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+  u32 identity[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
   u64* record = ring + (range * WARPS + warp) * (i64)record_words(S);
   const u32* taken = (const u32*)(record + RING * 8 * unit_words(S)) + lane;
   // Registers are short: a group's operands are copied to shared memory a round ahead, for loaded early they would be spilled.
@@ -256,10 +132,11 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
         float2 f;
         asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(f.x), "=f"(f.y) : "r"(words[e]));
         const float2 before = again ? to[e] : make_float2(0, 0);
-        to[e] = make_float2(fmaf(f.x, 1 / UP, before.x), fmaf(f.y, 1 / UP, before.y));
+        to[e] = make_float2(fmaf(f.x, 1 / DX_UP, before.x), fmaf(f.y, 1 / DX_UP, before.y));
       }
     }
   };
+  double total = 0;
   int t = first + warp;
   if (t < end) fetch(0), fetch_pairs(0);
   for (int k = 0; k < rounds; k++, t += WARPS) {
@@ -317,6 +194,11 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
 #pragma unroll
         for (int m = 0; m < 2; m++)
           asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(b[m][0]), "=f"(b[m][1]) : "r"(rest + BIASES + 8 * q + 32 * m));
+      float logit[LOSS ? 16 : 1];
+      u32 hot = 0;  // bits: which of them are positives'
+      if constexpr (LOSS)
+#pragma unroll
+        for (int i = 0; i < 16; i++) logit[i] = z[i / 8][i / 4 % 2][i % 4] + b[i / 4 % 2][i % 2];
 #pragma unroll
       for (int i = 0; i < 16; i++) z[i / 8][i / 4 % 2][i % 4] = sigmoid(z[i / 8][i / 4 % 2][i % 4], b[i / 4 % 2][i % 2] * -LOG2E);
       int begin, stop;
@@ -332,6 +214,7 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
           const int told = __shfl_sync(~0u, of * G + pair % G, __ffs(here) - 1), row = told / G, g = told % G, j = row / 2 % 4;
           const int code = row / 8 * 2 + row % 2 == r && g % 8 / 2 == q ? j / 2 * 8 + g / 8 * 4 + j % 2 * 2 + g % 2 : -1;
           here &= here - 1;
+          if (LOSS && code >= 0) hot |= 1u << code;
 #pragma unroll
           for (int i = 0; i < 16; i++) z[i / 8][i / 4 % 2][i % 4] -= code == i ? UP : 0.f;
         }
@@ -340,8 +223,12 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
 #pragma unroll
         for (int i = 0; i < 16; i++) {
           const int j = i / 8 * 2 + i / 2 % 2, of = first_batch + 32 * h + 8 * (r / 2) + 2 * j + r % 2;
-          if (of >= n || (t - groups) * G + padding + 8 * (i / 4 % 2) + 2 * q + i % 2 >= 0) z[i / 8][i / 4 % 2][i % 4] = 0;
+          if (of >= n || (t - groups) * G + padding + 8 * (i / 4 % 2) + 2 * q + i % 2 >= 0) {
+            z[i / 8][i / 4 % 2][i % 4] = 0;
+            if constexpr (LOSS) logit[i] = __int_as_float(0xff800000), hot &= ~(1u << i);
+          }
         }
+      if constexpr (LOSS) total += loss_of(logit, hot);
       u32 dz[4][2], turned[4][2];
 #pragma unroll
       for (int j = 0; j < 4; j++) {
@@ -356,6 +243,7 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
         for (int i = 0; i < 8; i++) multiply_add<false>(dw[i], a, X[i / 2][i % 2][j], X[i / 2][i % 2][j + 1]);
         multiply_add<false>(db, a, 0x3c003c00u, 0x3c003c00u);
       }
+      scale_unit<0x2c002c00>(identity);  // by DX_UP / UP, for a moment: there are no registers for another
       u32 v[4][2][4];  // this group's part of dx
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -365,6 +253,7 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
 #pragma unroll
         for (int j = 0; j < 4; j++) product(v[i][0][j], v[i][1][j], a, dz[j][0], dz[j][1]);
       }
+      scale_unit<0x4c004c00>(identity);  // by UP / DX_UP
       if (h == P - 1 && t + WARPS < end) fetch_pairs(k + 1);
       if (h == P - 1 && k >= RING && lane < S) done = load_word(taken + k % 2 * S);
       await_turn(turns + h * WARPS + warp, k % 2);
@@ -391,6 +280,7 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
     }
     if (q < 2) store_word((u32*)(unit + S * 32 + slab) + q, __float_as_uint(q ? db[2] : db[0]) & ~1u | mark);
   }
+  if (LOSS && lane == 0) loss[blockIdx.x * WARPS + warp] = total;
   synchronize();
   empty(rounds > flush);
 }
