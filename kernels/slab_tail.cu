@@ -30,12 +30,6 @@ __device__ __forceinline__ void product(u32& c0, u32& c1, const u32 (&a)[4], u32
       : "=r"(c0), "=r"(c1) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
 }
 
-template <u32 BY /* float16, twice */>
-__device__ __forceinline__ void scale_unit(u32 (&identity)[4]) {  // or the compiler keeps both
-  asm volatile("mul.rn.f16x2 %0, %0, %1;" : "+r"(identity[0]) : "r"(BY));
-  asm volatile("mul.rn.f16x2 %0, %0, %1;" : "+r"(identity[3]) : "r"(BY));
-}
-
 __device__ __forceinline__ float loss_of(const float (&logit)[16], u32 hot) {  // a warp's sum of softplus(z) - y z
   float sum = 0;
 #pragma unroll
@@ -62,7 +56,7 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
                      __int_as_float(scale), __int_as_float(decay), __int_as_float(inertia)};
   extern __shared__ __align__(128) unsigned char shared[];  // x, dx: [P parts][D][32 rows] float16; then what waits for each warp
   __shared__ u64 turns[P * WARPS];
-  __shared__ uint4 eye[32];
+  __shared__ uint4 eye[2][32];
   constexpr int PART = D * 64, NP = 32 * P * S;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, q = lane % 4;
   const int slab = blockIdx.x % S, range = blockIdx.x / S, first_batch = 32 * P * slab;
@@ -75,10 +69,11 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
     store_shared(xs + i * 16, make_uint4(half_of(v.x), half_of(v.y), half_of(v.z), half_of(v.w)));
     store_shared(ds + i * 16, make_uint4(0, 0, 0, 0));
   }
-  // A product with the unit matrix transposes: what it is made of must come from memory, or the compiler makes it anew each time.
-  if (warp == 0) {
-    const u32 corner = (r == 2 * q ? 0x3c00u : 0) | (r == 2 * q + 1 ? 0x3c000000u : 0);
-    eye[lane] = make_uint4(corner, 0, 0, corner);
+  // A product with the unit matrix transposes: what it is made of must come from memory, or the compiler makes it anew each time. The
+  // second one is DX_UP / UP, and scales as it transposes. There are registers for one.
+  if (warp < 2) {
+    const u32 one = warp ? 0x2c00 : 0x3c00, corner = (r == 2 * q ? one : 0) | (r == 2 * q + 1 ? one << 16 : 0);
+    eye[warp][lane] = make_uint4(corner, 0, 0, corner);
   }
   __syncthreads();
   open_turns<WARPS>(turns, P);
@@ -89,8 +84,11 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
   }
   asm volatile("setmaxnreg.inc.sync.aligned.u32 144;");
   const auto synchronize = [] { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); };  // without the updaters
-  const uint4 loaded = load_shared(shared_address(eye + lane));
-  u32 identity[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+  u32 identity[4];
+  auto load_identity = [&](int which) {
+    const uint4 v = load_shared(shared_address(eye[which] + lane));
+    identity[0] = v.x, identity[1] = v.y, identity[2] = v.z, identity[3] = v.w;
+  };
   u64* record = ring + (range * WARPS + warp) * (i64)record_words(S);
   const u32* taken = (const u32*)(record + RING * 8 * unit_words(S)) + lane;
   // Registers are short: a group's operands are copied to shared memory a round ahead, for loaded early they would be spilled.
@@ -169,6 +167,7 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
     float dw[8][4] = {}, db[4] = {};
 #pragma unroll 1  // or registers are spilled
     for (int h = 0; h < P; h++) {
+      load_identity(0);
       u32 X[4][2][4];
 #pragma unroll
       for (int i = 0; i < 8; i++) {
@@ -243,7 +242,7 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
         for (int i = 0; i < 8; i++) multiply_add<false>(dw[i], a, X[i / 2][i % 2][j], X[i / 2][i % 2][j + 1]);
         multiply_add<false>(db, a, 0x3c003c00u, 0x3c003c00u);
       }
-      scale_unit<0x2c002c00>(identity);  // by DX_UP / UP, for a moment: there are no registers for another
+      load_identity(1);
       u32 v[4][2][4];  // this group's part of dx
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -253,7 +252,6 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
 #pragma unroll
         for (int j = 0; j < 4; j++) product(v[i][0][j], v[i][1][j], a, dz[j][0], dz[j][1]);
       }
-      scale_unit<0x4c004c00>(identity);  // by UP / DX_UP
       if (h == P - 1 && t + WARPS < end) fetch_pairs(k + 1);
       if (h == P - 1 && k >= RING && lane < S) done = load_word(taken + k % 2 * S);
       await_turn(turns + h * WARPS + warp, k % 2);
