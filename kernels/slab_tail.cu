@@ -54,14 +54,13 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
   const Args args = {x, weight, momentum, index, bias, bias_momentum, dx, loss, ring, bounds, pairs, n, groups, padding, ranges, flush,
                      (i64)first_high << 32 | (u32)first_low, (u32)step, (u32)seed_low, (u32)seed_high, __int_as_float(lr),
                      __int_as_float(scale), __int_as_float(decay), __int_as_float(inertia)};
-  extern __shared__ __align__(128) unsigned char shared[];  // x, dx: [P parts][D][32 rows] float16; then what waits for each warp
+  extern __shared__ __align__(128) unsigned char shared[];  // x, dx: [P parts][D][32 rows] float16; then what waits for each warp, and EYES
   __shared__ u64 turns[P * WARPS];
-  __shared__ uint4 eye[2][32];
   constexpr int PART = D * 64, NP = 32 * P * S;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, q = lane % 4;
   const int slab = blockIdx.x % S, range = blockIdx.x / S, first_batch = 32 * P * slab;
   const int first = (i64)groups * range / ranges, end = (i64)groups * (range + 1) / ranges, rounds = (end - first + WARPS - 1) / WARPS;
-  const u32 xs = shared_address(shared), ds = xs + P * PART;
+  const u32 xs = shared_address(shared), ds = xs + P * PART, eyes = ds + P * PART + WARPS * STAGE;
   start_turns<WARPS>(turns, P);
   for (int i = threadIdx.x; i < P * D * 4; i += blockDim.x) {
     const int part = i / (D * 4), d = i / 4 % D;
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
   // second one is DX_UP / UP, and scales as it transposes. There are registers for one.
   if (warp < 2) {
     const u32 one = warp ? 0x2c00 : 0x3c00, corner = (r == 2 * q ? one : 0) | (r == 2 * q + 1 ? one << 16 : 0);
-    eye[warp][lane] = make_uint4(corner, 0, 0, corner);
+    store_shared(eyes + threadIdx.x * 16, make_uint4(corner, 0, 0, corner));
   }
   __syncthreads();
   open_turns<WARPS>(turns, P);
@@ -86,9 +85,10 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
   const auto synchronize = [] { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); };  // without the updaters
   u32 identity[4];
   auto load_identity = [&](int which) {
-    const uint4 v = load_shared(shared_address(eye[which] + lane));
+    const uint4 v = load_shared(eyes + which * 512 + lane * 16);
     identity[0] = v.x, identity[1] = v.y, identity[2] = v.z, identity[3] = v.w;
   };
+  load_identity(0);
   u64* record = ring + (range * WARPS + warp) * (i64)record_words(S);
   const u32* taken = (const u32*)(record + RING * 8 * unit_words(S)) + lane;
   // Registers are short: a group's operands are copied to shared memory a round ahead, for loaded early they would be spilled.
@@ -167,7 +167,6 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
     float dw[8][4] = {}, db[4] = {};
 #pragma unroll 1  // or registers are spilled
     for (int h = 0; h < P; h++) {
-      load_identity(0);
       u32 X[4][2][4];
 #pragma unroll
       for (int i = 0; i < 8; i++) {
@@ -252,6 +251,7 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
 #pragma unroll
         for (int j = 0; j < 4; j++) product(v[i][0][j], v[i][1][j], a, dz[j][0], dz[j][1]);
       }
+      load_identity(0);
       if (h == P - 1 && t + WARPS < end) fetch_pairs(k + 1);
       if (h == P - 1 && k >= RING && lane < S) done = load_word(taken + k % 2 * S);
       await_turn(turns + h * WARPS + warp, k % 2);
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__((WARPS + UPDATERS) * 32, 1) slab_tail_step(
         store_shared(place[i] + (P + h) * PART,
                      make_uint4(add(sum[i].x, more[0]), add(sum[i].y, more[1]), add(sum[i].z, more[2]), add(sum[i].w, more[3])));
       }
-      arrive(turns + h * WARPS + (warp + 1 < WARPS ? warp + 1 : 0));
+      pass_turn(turns + h * WARPS + (warp + 1 < WARPS ? warp + 1 : 0));
     }
     if (k >= RING)  // the slot's last round must have been taken
       while (__any_sync(~0u, lane < S && done < (u32)(k - RING + 1)))

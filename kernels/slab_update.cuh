@@ -10,6 +10,7 @@
 constexpr int WARPS = 12, UPDATERS = 4, F = 64, G = 16, RING = 4;
 // Bytes that wait for a warp: weights, then index, biases and bounds of positives, of two rounds.
 constexpr int WEIGHTS = 2 * G * F, BIASES = 2 * F, BOUNDS = BIASES + 4 * G, REST = BOUNDS + 16, STAGE = WEIGHTS + 2 * REST;
+constexpr int EYES = 2 * 32 * 16;  // bytes of two unit matrices
 // dz is multiplied by UP, so that small probabilities are float16. Sums of dx are kept times DX_UP, by weights times DX_UP / UP: they end
 // at 4,094, and weights below 2^-13 lose bits there, at most 2^-21.
 constexpr float UP = 256, DX_UP = 16, LOG2E = 1.4426950408889634f;
