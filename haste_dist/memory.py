@@ -30,7 +30,7 @@ HALF = 2  # bytes of bfloat16
 TILE = 64  # most batch rows of a tile
 RUN, COPIES_BYTES, SCRATCH_BYTES = 128, 24 << 20, 256 << 20  # triton_dx.py: float16 copies of dx, the deterministic mode
 SLABS_BYTES = 39 << 20  # slab_tail.py: dx and the ring of all programs, one a multiprocessor of an H100's or H200's 132
-SLABS_WORTH, SLABS_WIDTH = 1 << 23, 788  # its batch rows times groups, its features
+SLABS_WORTH, SLABS_WIDTH = 1 << 23, 784  # its batch rows times groups but in the deterministic mode, its features
 HEAD_BYTES, HEAD_ROWS = 64 << 20, 128  # triton_head.py: a chunk's dz, most rows of a tile
 TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN = 128 << 20, 4096, 16, 256  # triton_topk.py: block maxima of a chunk
 ROUNDING = 22  # update.py and rounding.py: of each weight, where it is rounded at random by plain torch
@@ -224,14 +224,17 @@ def _tail_workspace(config: Config, cuda: bool, n: int, groups: int, width: int,
         return _chunk("cuda" if cuda else "cpu", groups, each, used) + 12 * n * width
     padded = -(-n // TILE) * TILE
     fixed = padded * width * (HALF if half else 4) + 4 * n * width + 16 * groups + 4 * groups  # x transposed, dx, bounds, loss
-    if config.output.deterministic:
+    pays = config.output.deterministic or n * groups >= SLABS_WORTH
+    taken = half and config.output.half_sums and config.output.loss == "bce" and (g, f) == (16, 64) and width <= SLABS_WIDTH
+    slabs = SLABS_BYTES if taken and pays else 0
+    if config.output.deterministic:  # on an older GPU Triton's
         slots = min(max(1, SCRATCH_BYTES // (4 * f * padded)), groups) * f
-        return fixed + 4 * width * padded + 4 * slots * padded + 28 * slots
+        return fixed + max(4 * width * padded + 4 * slots * padded + 28 * slots, slabs)
     if not (half and config.output.half_sums):
         return fixed + 4 * width * padded
     needed = -(-groups * f // (width * RUN))
     copies = max(1, min(needed, COPIES_BYTES // (2 * width * padded))) * 2 * width * padded
-    return fixed + (max(copies, SLABS_BYTES) if (g, f) == (16, 64) and n * groups >= SLABS_WORTH and width <= SLABS_WIDTH else copies)
+    return fixed + max(copies, slabs)
 
 
 def _chunk(device: str, count: int, allowed: int, used: int) -> int:

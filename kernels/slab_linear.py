@@ -102,4 +102,4 @@ def _launch(op: Op, cut: Slabs, tensors: list[Tensor], n: int, width: int, rows:
     flags = [str(flag).lower() for flag in (x.dtype == torch.bfloat16, even)]
     name = f"slab_{op}<{flags[0]}, {values}, {width}, {fan_in}, {size}, {cut.parts}, {warps}, {flags[1]}>"
     arguments: list[Tensor | int] = [x, weight, index, *rest, n, groups, groups * size - rows, cut.slabs, cut.ranges]
-    launch("slab_linear.cu", name, x, cut.slabs * cut.ranges, warps, arguments, width * PART * cut.parts * BYTES[op])
+    launch(("slab.cuh", "slab_linear.cu"), name, x, cut.slabs * cut.ranges, warps, arguments, width * PART * cut.parts * BYTES[op])

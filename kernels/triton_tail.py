@@ -269,8 +269,8 @@ def tail_step(
     groups, size, fan_in = tail.weight.shape
     if groups and not 0 <= groups * size - tail.rows < size:
         raise ValueError(f"rows={tail.rows}: only the last of {groups} groups of {size} may hold padding")
-    if config is None and groups and slab_tail.serves(x_ND, tail, args, want_loss):
-        return slab_tail.tail_step(x_ND, positives, tail, args), None
+    if config is None and slab_tail.serves(x_ND, tail, args):
+        return slab_tail.tail_step(x_ND, positives, tail, args, want_loss)
     dtype = operand_dtype(x_ND, tail.weight)
     config = config or tuning.chosen("tail_step", key(tail, n), CANDIDATES) or default_config(size, fan_in, n)
     padded = -(-n // config.batch) * config.batch

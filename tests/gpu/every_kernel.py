@@ -71,8 +71,9 @@ def tails() -> None:
     tail = tail_state(16, 16, FP32, FP32, True)
     tail_step(x_ND.float(), positives(tail.rows, 1), tail, ARGS)
     tail, fixed = tail_state(16, 64, BF16, BF16, True), replace(ARGS, deterministic=True)
-    if slab_tail.takes(x_ND, tail, fixed, False):
-        slab_tail.tail_step(x_ND, positives(tail.rows, 2), tail, fixed)
+    if slab_tail.takes(x_ND, tail, fixed):
+        for want_loss in (False, True):
+            slab_tail.tail_step(x_ND, positives(tail.rows, 2), tail, fixed, want_loss)
 
 
 def heads() -> None:
@@ -122,7 +123,7 @@ def turns() -> None:
     fixed = replace(ARGS, deterministic=True)
     for n, groups, width, momentum, bias in ((300, 2700, 2 * WIDTH, BF16, True), (130, 200, 500, None, False)):
         tail, x_ND = tail_state(16, 64, BF16, momentum, bias, groups, width), normal(n, width, dtype=BF16)
-        if slab_tail.takes(x_ND, tail, fixed, False):
+        if slab_tail.takes(x_ND, tail, fixed):
             slab_tail.tail_step(x_ND, positives(tail.rows, 2, 1e-3), tail, fixed)
 
 
@@ -157,7 +158,7 @@ def main() -> None:
 
     triton.JITFunction.run = noted
     kernel = slabs._kernel
-    slabs._kernel = lambda index, file, name: launched.add(f"{file[:-3]}.{name.split('<')[0]}") or kernel(index, file, name)
+    slabs._kernel = lambda index, files, name: launched.add(f"{files[-1][:-3]}.{name.split('<')[0]}") or kernel(index, files, name)
     torch.manual_seed(0)
     for part in [tails, heads, best, layers, turns, encoders]:
         part()
