@@ -91,9 +91,7 @@ def serves(x: Tensor, tail: TailState, args: StepArgs) -> bool:
     return compiles(FILES, (_name(x, tail, args, False), _name(x, tail, args, True)), x)
 
 
-def tail_step(
-    x_ND: Tensor, positives: Positives, tail: TailState, args: StepArgs, want_loss: bool = False
-) -> tuple[Tensor, Tensor | None]:
+def tail_step(x_ND: Tensor, positives: Positives, tail: TailState, args: StepArgs, want_loss: bool = False) -> tuple[Tensor, Tensor | None]:
     """As tail_step.tail_step, where ``takes`` holds."""
     n, width = x_ND.shape
     groups = len(tail.weight)

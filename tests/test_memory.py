@@ -65,7 +65,7 @@ def test_the_plan_knows_the_kernels_numbers() -> None:
     from haste_kernels import triton_topk as topk
 
     assert slab_tail.WORTH == SLABS_WORTH
-    for n, width in ((193, 64), (512, 64), (257, 394), (512, 384), (1024, 100), (512, 395), (257, SLABS_WIDTH)):
+    for n, width in ((1, SLABS_WIDTH), (193, 64), (512, 64), (257, 392), (512, 384), (1024, 100), (512, 393), (257, SLABS_WIDTH)):
         cut = slab_tail.cut(n, width, 132, 226 << 10)
         assert cut is not None
         assert 4 * cut.ranges * width * cut.rows + 8 * cut.words <= SLABS_BYTES
@@ -74,6 +74,22 @@ def test_the_plan_knows_the_kernels_numbers() -> None:
     assert (head.CHUNK_BYTES, head.MOST_ROWS) == (HEAD_BYTES, HEAD_ROWS)
     assert max(tiles.rows for tiles in (head.HALF, head.FLOAT, *head.CANDIDATES)) == HEAD_ROWS
     assert (topk.CHUNK_BYTES, topk.CHUNK_SPANS, topk.LIST, maxima.SPAN) == (TOPK_BYTES, TOPK_SPANS, TOPK_LIST, TOPK_SPAN)
+
+
+def test_the_deterministic_mode_counts_the_slabs_of_a_small_tail() -> None:
+    """They serve there however little there is to do; on an older GPU Triton's scratch memory does, so the plan has the larger of both."""
+    words = [*BERT, "output.head_fraction=0", "output.group_size=16"]
+
+    def work(labels: int, *more: str) -> int:
+        phase = memory_plan(config(*words, *more), Facts(labels, 5, 30_522)).phases["output layer"]
+        return phase["kernel workspace"]
+
+    few, fixed = 16 * 20, "output.deterministic=true"
+    assert work(few, fixed) >= SLABS_BYTES > work(few)
+    slabless = ["output.half_sums=false", "output.loss=squared_hinge", "output.group_size=32", "encoder.precision=float32"]
+    for other in slabless:
+        assert work(few, fixed, other) < SLABS_BYTES, other
+    assert work(16 * 20_000, fixed) > SCRATCH_BYTES
 
 
 @settings(max_examples=25)
