@@ -38,6 +38,7 @@ __host__ __device__ constexpr int record_words(int s) { return RING * 8 * unit_w
 
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }  // of two bfloat16
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
 __device__ __forceinline__ void philox(u32 (&c)[4], u32 key0, u32 key1) {  // rounding.py's generator, 7 rounds
 #pragma unroll
   for (int i = 0; i < 7; i++) {
