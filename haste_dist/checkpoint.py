@@ -184,7 +184,9 @@ def pointed(folder: Path, name: str) -> Path:
         data = path.read_bytes()
         step = int((unseal(data) if b"checksum" in data else _unsealed_pointer(data))["step"])
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no usable checkpoint ({error.strerror}); train the run first") from None
+        others = ", ".join(["last", *(p.name for p in complete(folder))]) if name == "best" and complete(folder) else ""
+        what = f"not evaluated yet, so none is the best; name one with --checkpoint: {others}" if others else "train the run first"
+        raise CheckpointError(f"{path}: no usable checkpoint ({error.strerror}); {what}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         names = ", ".join(p.name for p in complete(folder)) or "none"
         raise CheckpointError(f"{path}: no usable checkpoint ({error}); name one with --checkpoint: {names}") from None

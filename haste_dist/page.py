@@ -37,7 +37,7 @@ def word_layers(words: list[str]) -> list[Layer]:
             # `a.b=` is an empty string (a shell eats the quotes of a.b=''), not YAML's null
             layers.append((word, OmegaConf.from_dotlist([word if value else f"{word}''"])))
         except Exception as error:  # a YAML scanner error from the value
-            raise ConfigError(f"'{word}': {_first_line(error)}") from None
+            raise ConfigError(f"'{word}': {first_line_of_yaml(error)}") from None
     return layers
 
 
@@ -50,11 +50,11 @@ def merged(schema: type[Page], layers: list[Layer]) -> Page:
             page = OmegaConf.merge(page, layer)
         except OmegaConfBaseException as error:
             key = error.full_key or ""
-            raise ConfigError(": ".join(p for p in (where, "" if where.startswith(key) else key, _first_line(error)) if p)) from None
+            raise ConfigError(": ".join(p for p in (where, "" if where.startswith(key) else key, first_line_of_yaml(error)) if p)) from None
     try:
         made = OmegaConf.to_object(page)
     except OmegaConfBaseException as error:  # an interpolation such as ${oc.env:NAME} that leads nowhere
-        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
+        raise ConfigError(f"{error.full_key}: {first_line_of_yaml(error)}") from None
     assert isinstance(made, schema)
     return made
 
@@ -120,13 +120,13 @@ def _read_yaml(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # unreadable, not UTF-8, or not YAML
-        raise ConfigError(f"{path}: {_first_line(error)}") from None
+        raise ConfigError(f"{path}: {first_line_of_yaml(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected 'part: {{name: value}}' at the top")
     return loaded
 
 
-def _first_line(error: Exception) -> str:
+def first_line_of_yaml(error: Exception) -> str:
     """What went wrong and where in the file, in one line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"{error.problem}, line {error.problem_mark.line + 1}"

@@ -3,7 +3,7 @@
     reader tasks (a file each) -> tokens (all CPUs) -> rankers (a GPU each, or more that share the labels) -> writers (all CPUs)
 
 OUT/
-  predictions.json         what was asked for: model, inputs, settings; and how many texts there are, once all is done
+  _predictions.json        what was asked for: model, inputs, settings; and how many texts there are, once all is done
   part-00000-00002.parquet rows 2 * predict.rows and on of the first input, in order: uid, text, labels, label_texts, scores
 
 A part is written in one step. The next start with the same settings reads the inputs again but predicts the missing parts only.
@@ -38,7 +38,8 @@ from haste_dist.storage import whole_address
 from haste_dist.tokens import tokenise
 from haste_dist.use_config import PredictConfig
 
-PAGE = "predictions.json"
+PAGE = "_predictions.json"  # readers of Parquet pass over names that begin so
+OLD_PAGE = "predictions.json"  # what it was called before
 SUFFIXES = (".parquet", ".arrow", ".feather", ".jsonl", ".json", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz")
 TEXTS = [("file", pa.int64()), ("part", pa.int64()), ("uid", pa.list_(pa.string())), ("text", pa.list_(pa.large_string()))]
 ERROR = ("error", pa.string())  # one line that ends the run, or empty
@@ -103,6 +104,8 @@ def plan(files: ModelFiles, source: str | Path, out: str | Path, k: int, setting
     asked |= {name: getattr(settings, name) for name in ("rows", "label_texts", "filter")}
     page = out / PAGE
     try:
+        if (out / OLD_PAGE).exists() and not page.exists():
+            (out / OLD_PAGE).rename(page)
         if page.exists():
             known = json.loads(page.read_text(encoding="utf-8"))
             different = [name for name, value in asked.items() if known.get(name) != value]

@@ -48,6 +48,7 @@ from haste_dist.label_groups import GROUPS_FILE, has_label_vectors, head_size, l
 from haste_dist.manifest import first_line, read_manifest, replacing
 from haste_dist.metrics import FrequencyRecall, Metrics, Propensity, Ragged
 from haste_dist.mirror import ORDER_FILES
+from haste_dist.page import first_line_of_yaml
 from haste_dist.records import stamp
 from haste_dist.runlog import read_events, seconds_trained
 from haste_dist.sealed import CHECKSUMS
@@ -117,7 +118,7 @@ def read_study_page(file: str | Path) -> Study:
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such study page; give the path of a YAML file with config and cases") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: {getattr(error, 'strerror', None) or first_line(error)}") from None
+        raise ConfigError(f"{file}: {getattr(error, 'strerror', None) or first_line_of_yaml(error)}") from None
     if not isinstance(page, dict) or set(page) - set(NAMES) or not {"config", "cases"} <= set(page):
         raise ConfigError(f"{file}: a study has config and cases, and may have {', '.join(NAMES[1:-1])}")
     cases, seeds, split = page["cases"], page.get("seeds", [0]), page.get("split", "test")
@@ -157,6 +158,8 @@ def trials_of(study: Study, out: Path, overrides: list[str]) -> list[Trial]:
     for place, seed in enumerate(study.seeds, start=1):
         for case, words in study.cases.items():
             config = load_config(study.config, [*study.settings, *words, *overrides])
+            if study.average and config.encoder.name == "scratch":
+                raise ConfigError(f"average={study.average}: case {case}: encoders from scratch have no mean; leave average out")
             config.run.seed, config.run.folder = seed, os.path.abspath(out / "runs" / f"{case}-{seed}")
             config.evaluate.split = study.split
             if (study.split == "dev") != (config.data.dev_fraction > 0):

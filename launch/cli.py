@@ -7,12 +7,14 @@ answers at once; what a command needs is imported when it runs.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from haste_dist import __version__
 from haste_dist.errors import HasteError, Interrupted
 from haste_launch.job_words import add_job_commands
+from haste_launch.signals import heed_sigterm
 from haste_launch.sweep_space import add_sweep_command
 
 USAGE_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -24,6 +26,7 @@ CHECKPOINT = "best (default), last, or a name such as step-00001200"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status. ``argv`` defaults to the words on the command line."""
+    before = heed_sigterm(signal.default_int_handler)  # as Ctrl-C, from the first import on
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # a reader that has left is noticed here, not at interpreter exit
@@ -38,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes stdout once more when it exits; give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    finally:
+        heed_sigterm(before)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from haste_dist.config import Config, load_config
-from haste_dist.errors import ConfigError
+from haste_dist.errors import ConfigError, Interrupted
 from haste_dist.page import describe
 
 NO_CLUSTER = "launch.address="  # later words name one
@@ -29,8 +29,11 @@ def prepare(args: Namespace) -> int:
     from haste_dist.prepare import prepare as prepare_data
     from haste_launch.ray_session import ray_session
 
-    with ray_session(settings, _import_for_prepare):
-        prepare_data(settings)
+    try:
+        with ray_session(settings, _import_for_prepare):
+            prepare_data(settings)
+    except KeyboardInterrupt:
+        raise Interrupted(f"finished shards are kept in {settings.data.prepared}; the same command goes on from there") from None
     return 0
 
 

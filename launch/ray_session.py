@@ -20,6 +20,7 @@ from typing import Any
 from haste_dist.config import Config
 from haste_dist.errors import ConfigError
 from haste_dist.imports import import_ahead
+from haste_launch.signals import heed_sigterm
 
 OBJECT_STORE_BYTES = 2**30  # of a cluster of our own; blocks in flight are a few MiB each
 SHUTDOWN_SECONDS = 30.0
@@ -43,7 +44,7 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
         return
     address = config.launch.address or os.environ.get("RAY_ADDRESS", "")
     servers: list[int] = []
-    before = signal.getsignal(signal.SIGTERM)
+    before = heed_sigterm(None)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     threading.Thread(target=import_ahead, args=(meanwhile,), name="imports").start()
     try:
@@ -60,20 +61,14 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody drains the nodes of such a cluster
             servers = _start_twice(config, quiet)
         try:
-            _heed_sigterm(signal.default_int_handler)
+            heed_sigterm(signal.default_int_handler)
             yield
         finally:
             if servers:  # not where a cluster was joined: it goes on
                 _end_with_raylet(servers)
             ray.shutdown()
     finally:
-        _heed_sigterm(before)
-
-
-def _heed_sigterm(handler: Any) -> None:
-    """Sets what SIGTERM does, where Python lets: in the main thread; None stands for a handler that is not Python's and stays."""
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+        heed_sigterm(before)
 
 
 def _check_that_something_listens(address: str) -> None:
@@ -104,7 +99,7 @@ def _start_twice(config: Config, quiet: dict[str, Any]) -> list[int]:
                     _node_ip_address="127.0.0.1",
                     **quiet,
                 )
-                _heed_sigterm(signal.default_int_handler)  # before one that came meanwhile is let in
+                heed_sigterm(signal.default_int_handler)  # before one that came meanwhile is let in
             break
         except BaseException as error:
             _end_at_once(servers)  # a raylet that is not up yet ends nothing itself

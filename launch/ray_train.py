@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -258,6 +259,7 @@ def stop_signals(stop: Path) -> Iterator[list[int]]:
             first = time.monotonic()
             received.append(number)
             stop.touch()
+            print("haste: stopping as soon as all is saved; once more stops at once", file=sys.stderr, flush=True)
         elif time.monotonic() - first > ECHO_SECONDS:
             raise KeyboardInterrupt
 

@@ -156,6 +156,8 @@ def test_pointers_and_names(tmp_path: Path) -> None:
     for step in (10, 30):
         (tmp_path / f"step-{step:08d}").mkdir()
         (tmp_path / f"step-{step:08d}" / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"not evaluated yet, .* --checkpoint: last, step-00000010, step-00000030"):
+        checkpoint.pointed(tmp_path, "best")
     checkpoint.point(tmp_path, "best", 10)
     assert checkpoint.pointed(tmp_path, "best").name == "step-00000010"
     assert checkpoint.newest(tmp_path) == tmp_path / "step-00000030"

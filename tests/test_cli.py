@@ -317,3 +317,14 @@ def test_datasets_build_says_where_and_how_large(monkeypatch: pytest.MonkeyPatch
 def test_help_names_every_data_set() -> None:
     done = haste("datasets build --help")
     assert all(name in done.stdout for name in NAMES)
+
+
+def test_prepare_that_is_interrupted_tells_what_stays(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("haste_dist.sources.find_source", lambda *_: None)
+    monkeypatch.setattr("haste_launch.ray_session.ray_session", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("haste_dist.prepare.prepare", interrupted)
+    assert cli.main(["prepare", "demo", "data.prepared=there"]) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "haste: interrupted: finished shards are kept in there; the same command goes on from there\n"

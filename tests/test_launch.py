@@ -299,20 +299,26 @@ def test_a_cluster_that_is_not_there_is_one_line_at_once(monkeypatch: pytest.Mon
         pass
 
 
-def test_sigterm_interrupts_while_ray_is_there_and_is_as_before_after(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("early", [True, False])
+def test_sigterm_interrupts_while_ray_is_there_and_is_as_before_after(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     def start(**_: object) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as Ray does
-        os.kill(os.getpid(), signal.SIGTERM if early else 0)  # blocked until it has started
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM if early else 0)  # blocked until it has started
 
     for name, value in {"is_initialized": lambda: False, "init": start, "shutdown": lambda: None}.items():
         monkeypatch.setattr(ray, name, value)
+
+    def terminate() -> None:
+        assert not early
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(20)  # until Python comes to it
+
     before = signal.getsignal(signal.SIGTERM)
-    for early in (True, False):
-        with pytest.raises(KeyboardInterrupt), ray_session(Config()):
-            signal.raise_signal(signal.SIGTERM if not early else signal.SIGKILL)  # not reached early
-        assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(KeyboardInterrupt), ray_session(Config()):
+        terminate()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux")
@@ -320,20 +326,22 @@ def test_a_start_that_is_interrupted_leaves_no_process(monkeypatch: pytest.Monke
     """A server and its child, neither of which hears SIGTERM, as Ray's are."""
     import ray
 
-    started: list[int] = []
+    children: list[int] = []
+    servers: list[subprocess.Popen[str]] = []
 
     def start(**_: object) -> None:
         server = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
         assert server.stdout is not None
-        started.extend((server.pid, int(server.stdout.readline())))
+        servers.append(server)
+        children.append(int(server.stdout.readline()))
         raise KeyboardInterrupt
 
     for name, value in {"is_initialized": lambda: False, "init": start, "shutdown": lambda: None}.items():
         monkeypatch.setattr(ray, name, value)
     with pytest.raises(KeyboardInterrupt), ray_session(Config()):
         pass
-    assert os.waitpid(started[0], 0)[1] == signal.SIGKILL
-    child = Path(f"/proc/{started[1]}/stat")
+    assert servers[0].wait(20) == -signal.SIGKILL
+    child = Path(f"/proc/{children[0]}/stat")
     wait_for(lambda: not child.exists() or "(sleep) Z" in child.read_text(), 20)
 
 

@@ -157,9 +157,12 @@ def test_mistakes_are_told_before_anything_starts(trained: Config, inputs: Path,
         find_inputs(tmp_path / "empty")
     with pytest.raises(ConfigError, match="count the texts of one file"):
         plan(files, inputs, tmp_path / "out", 4, PredictConfig(filter="x"))
-    with pytest.raises(ConfigError, match=r"is not empty and holds no predictions\.json"):
+    with pytest.raises(ConfigError, match=r"is not empty and holds no _predictions\.json"):
         plan(files, inputs, inputs, 4, PredictConfig())
     plan(files, inputs, tmp_path / "out", 4, PredictConfig())
+    (tmp_path / "out" / PAGE).rename(tmp_path / "out" / "predictions.json")  # as it was called
+    plan(files, inputs, tmp_path / "out", 4, PredictConfig())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [PAGE]
     with pytest.raises(ConfigError, match=r"of another question \(k, rows differ\)"):
         plan(files, inputs, tmp_path / "out", 5, PredictConfig(rows=3))
 

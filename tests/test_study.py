@@ -46,7 +46,7 @@ def page(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("config: [", "while parsing"),
+        ("config: [", "line 1"),
         ("cases: {a: []}", "a study has config and cases"),
         ("config: demo\ncases: {a: []}\nrepeat: 3", "a study has config and cases"),
         ("config: demo\ncases: {}", "lists of a.b=c"),
@@ -60,6 +60,7 @@ def page(folder: Path, text: str) -> Path:
         ("config: demo\ncases: {a: [], a-average: []}\nseeds: [0, 1]\naverage: 2", "choose another name"),
         ("config: demo\ntopic: ../x\ncases: {a: []}", "topic=../x"),
         ("config: demo\nkeep_weights: 1\ncases: {a: []}", "keep_weights=1: true or false"),
+        ("config: demo\ncases: [", "line 2"),
     ],
 )
 def test_a_page_that_is_no_study_is_told_in_one_line(text: str, says: str, tmp_path: Path) -> None:
@@ -83,6 +84,12 @@ def test_the_dev_split_needs_a_fraction_and_the_test_split_none(tmp_path: Path) 
     assert (trial.config.evaluate.split, trial.config.run.seed, trial.folder.name) == ("dev", 0, "a-0")
     with pytest.raises(ConfigError, match="test is 0"):
         trials_of(read_study_page(page(tmp_path, "config: demo\ncases: {a: [data.dev_fraction=0.1]}")), tmp_path, [])
+
+
+def test_a_mean_of_encoders_from_scratch_is_refused_before_any_run(tmp_path: Path) -> None:
+    study = read_study_page(page(tmp_path, "config: demo\ncases: {a: []}\nseeds: [0, 1]\naverage: 2"))
+    with pytest.raises(ConfigError, match="average=2: case a: encoders from scratch have no mean"):
+        trials_of(study, tmp_path, [])
 
 
 def some_texts(n: int, seed: int) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
