@@ -184,8 +184,9 @@ def pointed(folder: Path, name: str) -> Path:
         data = path.read_bytes()
         step = int((unseal(data) if b"checksum" in data else _unsealed_pointer(data))["step"])
     except FileNotFoundError as error:
-        others = ", ".join(["last", *(p.name for p in complete(folder))]) if name == "best" and complete(folder) else ""
-        what = f"not evaluated yet, so none is the best; name one with --checkpoint: {others}" if others else "train the run first"
+        others = [p.name for p in complete(folder)] if name == "best" else []
+        what = f"not evaluated yet, so none is the best; name one with --checkpoint: {', '.join(['last', *others])}"
+        what = what if others else "train the run first"
         raise CheckpointError(f"{path}: no usable checkpoint ({error.strerror}); {what}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         names = ", ".join(p.name for p in complete(folder)) or "none"

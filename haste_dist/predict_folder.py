@@ -104,13 +104,14 @@ def plan(files: ModelFiles, source: str | Path, out: str | Path, k: int, setting
     asked |= {name: getattr(settings, name) for name in ("rows", "label_texts", "filter")}
     page = out / PAGE
     try:
-        if (out / OLD_PAGE).exists() and not page.exists():
-            (out / OLD_PAGE).rename(page)
-        if page.exists():
-            known = json.loads(page.read_text(encoding="utf-8"))
+        there = page if page.exists() else out / OLD_PAGE
+        if there.exists():
+            known = json.loads(there.read_text(encoding="utf-8"))
             different = [name for name, value in asked.items() if known.get(name) != value]
             if different:
                 raise ConfigError(f"{out}: holds predictions of another question ({', '.join(different)} differ); name another folder")
+            if there != page:
+                there.rename(page)
             return job
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out}: is not empty and holds no {PAGE}; name a folder that does not exist")

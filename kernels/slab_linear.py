@@ -8,13 +8,13 @@ spoils up to 15 rows beside it.
 Letters: N batch rows, D features of x, T groups, G labels a group, F fan-in, L labels, P parts of 32 rows a slab.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from haste_kernels.slabs import PART, aligned, launch, limits, takes_gpu
+from haste_kernels.slabs import PART, Cut, aligned, launch, limits, takes_gpu
 from haste_kernels.triton_dx import gather
 
 Op = Literal["forward", "grad_x"]
@@ -25,19 +25,6 @@ FAN_INS, LARGEST_GROUP = (16, 32, 64, 128), 128
 # Below these, filling and emptying slabs took as long as the other kernels took in all. Larger groups have few additions to dx.
 WORTH: dict[Op, int] = {"forward": 1 << 26, "grad_x": 1 << 20}  # logits, and batch rows times groups
 LARGEST_ADDED = 64  # labels a group
-
-
-class Slabs(NamedTuple):
-    """How the work is cut: P parts a slab; slabs for all batch rows; ranges of groups, so that each multiprocessor has a program."""
-
-    parts: int
-    slabs: int
-    ranges: int
-
-    @property
-    def rows(self) -> int:
-        """Batch rows with padding."""
-        return PART * self.parts * self.slabs
 
 
 def parts(op: Op, n: int, width: int, shared: int) -> int:
@@ -86,14 +73,14 @@ def grad_x(dz: Tensor, weight: Tensor, index: Tensor, width: int) -> Tensor:
     return dx
 
 
-def _cut(op: Op, device: torch.device, n: int, width: int) -> Slabs:
+def _cut(op: Op, device: torch.device, n: int, width: int) -> Cut:
     _, processors, shared = limits(device.index or 0)
     count = parts(op, n, width, shared)
     slabs = -(-n // (PART * count))
-    return Slabs(count, slabs, max(1, processors // slabs))
+    return Cut(count, slabs, max(1, processors // slabs))
 
 
-def _launch(op: Op, cut: Slabs, tensors: list[Tensor], n: int, width: int, rows: int, even: bool) -> None:
+def _launch(op: Op, cut: Cut, tensors: list[Tensor], n: int, width: int, rows: int, even: bool) -> None:
     """``tensors`` as the kernel takes them; ``even``: rows of logits are aligned, see store_four in slab_linear.cu."""
     x, weight, index, *rest = tensors
     groups, size, fan_in = weight.shape

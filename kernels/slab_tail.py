@@ -14,13 +14,12 @@ Letters: N batch rows, D features of x, T groups, S slabs, P parts of 32 rows a 
 
 import functools
 import struct
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from haste_kernels.slabs import PART, aligned, compiles, launch, limits, takes_gpu
+from haste_kernels.slabs import PART, Cut, aligned, compiles, launch, limits, takes_gpu
 from haste_kernels.state import Positives, StepArgs, TailState
 from haste_kernels.triton_dx import RUN, gather
 
@@ -33,23 +32,10 @@ LEAST_ROWS = 192  # batch rows: for fewer, triton_tail.py is faster, for an upda
 FILES = ("slab.cuh", "slab_update.cuh", "slab_tail.cu")
 
 
-class Cut(NamedTuple):
-    """How the work is cut: S slabs of P parts hold all batch rows; each range of groups has S programs."""
-
-    parts: int
-    slabs: int
-    ranges: int
-
-    @property
-    def rows(self) -> int:
-        """Batch rows with padding."""
-        return PART * self.parts * self.slabs
-
-    @property
-    def words(self) -> int:
-        """Of 8 bytes, of the ring: record_words in slab_tail.cu for each warp."""
-        even = -(-self.slabs // 2) * 2
-        return self.ranges * WARPS * (RING * 8 * (32 * self.slabs + even) + even)
+def ring_words(cut: Cut) -> int:
+    """Of 8 bytes: record_words in slab_update.cuh for each warp."""
+    even = -(-cut.slabs // 2) * 2
+    return cut.ranges * WARPS * (RING * 8 * (32 * cut.slabs + even) + even)
 
 
 @functools.lru_cache(1024)
@@ -95,7 +81,7 @@ def tail_step(x_ND: Tensor, positives: Positives, tail: TailState, args: StepArg
     row, batch = positives.row.contiguous(), positives.batch.contiguous()
     bounds = torch.searchsorted(row, torch.arange(0, (groups + 1) * SIZE, SIZE, device=device))
     sums = torch.empty(given.ranges, width, given.rows, device=device)
-    ring = torch.zeros(given.words, dtype=torch.int64, device=device)
+    ring = torch.zeros(ring_words(given), dtype=torch.int64, device=device)
     none = torch.empty(0, device=device)  # its address is 0
     states = [none if state is None else state for state in (tail.weight, tail.momentum, tail.index, tail.bias, tail.bias_momentum)]
     # A round adds F / D WARPS parts to each feature's sum, where groups read features evenly.

@@ -3,7 +3,7 @@
 import functools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,19 @@ from haste_kernels import nvrtc
 log = logging.getLogger(__name__)
 PART = 32  # batch rows
 CAPABILITY = (9, 0)
+
+
+class Cut(NamedTuple):
+    """How the work is cut: P parts a slab; S slabs hold all batch rows; each range of groups has S programs, one a multiprocessor."""
+
+    parts: int
+    slabs: int
+    ranges: int
+
+    @property
+    def rows(self) -> int:
+        """Batch rows with padding."""
+        return PART * self.parts * self.slabs
 
 
 def takes_gpu(x: Tensor) -> bool:

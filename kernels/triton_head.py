@@ -4,7 +4,7 @@
 
 A chunk of rows at a time; of it only dz passes through memory, in half precision if the operands are. Every chunk sees its old weights
 for all N batch rows: dx is taken before the update. _gradient takes all pairs for negatives, _correct then mends the positives, which
-are few, and _biases sums: to look for positives in every tile took longer than the product, and biases slowed the update by a third.
+are few, and _biases sums: to look for positives in every tile took longer than the product, and biases slow most tiles of the update.
 
 Letters: N batch rows, D embedding width, R rows of a chunk, P positives; B, C and K batch rows, features and inner values of a tile.
 """

@@ -44,7 +44,7 @@ def ray_session(config: Config, meanwhile: Callable[[], None] = lambda: None) ->
         return
     address = config.launch.address or os.environ.get("RAY_ADDRESS", "")
     servers: list[int] = []
-    before = heed_sigterm(None)
+    before = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     threading.Thread(target=import_ahead, args=(meanwhile,), name="imports").start()
     try:

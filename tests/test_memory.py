@@ -74,7 +74,7 @@ def test_the_plan_knows_the_kernels_numbers() -> None:
         for n, d in itertools.product((1, 64, 65, 193, 257, most), (1, 64, width)):
             cut = slab_tail.cut(n, d, 132, 226 << 10)
             assert cut is not None
-            assert 4 * cut.ranges * d * cut.rows + 8 * cut.words <= SLABS_BYTES
+            assert 4 * cut.ranges * d * cut.rows + 8 * slab_tail.ring_words(cut) <= SLABS_BYTES
     assert (dx.RUN, dx.COPIES_BYTES, dx.SCRATCH_BYTES) == (RUN, COPIES_BYTES, SCRATCH_BYTES)
     assert (head.CHUNK_BYTES, head.MOST_ROWS, head.LEAST_BESIDE) == (HEAD_BYTES, HEAD_ROWS, HEAD_BESIDE)
     for tiles in (head.FLOAT, *head.CANDIDATES):

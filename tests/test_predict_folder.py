@@ -161,6 +161,9 @@ def test_mistakes_are_told_before_anything_starts(trained: Config, inputs: Path,
         plan(files, inputs, inputs, 4, PredictConfig())
     plan(files, inputs, tmp_path / "out", 4, PredictConfig())
     (tmp_path / "out" / PAGE).rename(tmp_path / "out" / "predictions.json")  # as it was called
+    with pytest.raises(ConfigError, match="of another question"):
+        plan(files, inputs, tmp_path / "out", 5, PredictConfig())
+    assert (tmp_path / "out" / "predictions.json").exists()  # somebody else's stays as it is
     plan(files, inputs, tmp_path / "out", 4, PredictConfig())
     assert [path.name for path in (tmp_path / "out").iterdir()] == [PAGE]
     with pytest.raises(ConfigError, match=r"of another question \(k, rows differ\)"):

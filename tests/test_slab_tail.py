@@ -60,7 +60,7 @@ def test_the_kernel_compiles_and_has_the_launcher_s_numbers(tmp_path: Path) -> N
         lines.append(f"static_assert({name} == {getattr(slab_tail, name)});")
     lines.append(f"static_assert(G == {slab_tail.SIZE} && F == {slab_tail.FAN_IN} && UP == {slab_tail.UP});")
     for slabs in range(1, slab_tail.MOST_SLABS + 1):
-        words = slab_tail.Cut(2, slabs, 3).words
+        words = slab_tail.ring_words(slab_tail.Cut(2, slabs, 3))
         lines.append(f"static_assert(3 * WARPS * record_words({slabs}) == {words});")
     states = "const unsigned short*, unsigned short*, unsigned short*, const short*, float*, float*, float*, u64*"
     for kind in ("768, 8, 2, true, false, false", "384, 4, 4, false, true, true", "100, 3, 4, true, true, false"):
